@@ -1,0 +1,1 @@
+"""slime: asynchronous RL post-training for language models."""
