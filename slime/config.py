@@ -9,8 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base_dir")
+    return Path(base, path) if base else path
+
+
+FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
+"""A path that is relative to the file it is written in."""
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -23,14 +31,14 @@ class Table(BaseModel):
 
 
 class ModelConfig(Table):
-    path: Path
+    path: FilePath
     """Hugging Face directory: config.json, safetensors weights and a tokenizer. Relative to the run file."""
 
 
 class DataConfig(Table):
-    train: Path
+    train: FilePath
     """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``, and optionally ``label``, ``tags``, ``metadata``, ``id``."""
-    eval: Path | None = None
+    eval: FilePath | None = None
     """Prompts of a separate evaluation set. Without it, `held_out` of the training file are set apart by hash."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of `train` kept out of training for evaluation. Chosen by content hash: stable when rows are added or reordered."""
@@ -72,6 +80,8 @@ class RewardConfig(Table):
 
 
 class LossConfig(Table):
+    fn: str | None = None
+    """Hook ``"./file.py:name"`` in place of the built-in policy loss; trainer.loss.policy_loss shows its signature."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Lower clip: the probability ratio is not pushed below ``1 - clip_low``."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28
@@ -85,6 +95,8 @@ class LossConfig(Table):
 
 
 class AdvantageConfig(Table):
+    fn: str | None = None
+    """Hook ``"./file.py:name"`` in place of the built-in group advantage: ``(groups) -> list[list[float]]``."""
     norm: Literal["std", "mean"] = "std"
     """``"std"``: (r - mean) / (std + 1e-6) within the group; ``"mean"``: r - mean."""
 
@@ -109,10 +121,8 @@ class OptimizerConfig(Table):
 class TrainerConfig(Table):
     updates_per_step: PositiveInt = 1
     """Optimizer updates a step; with more than one, log-probs before the first are recomputed for the ratio."""
-    loss: str | LossConfig = LossConfig()
-    """The policy loss's options, or a hook ``"./file.py:name"``."""
-    advantage: str | AdvantageConfig = AdvantageConfig()
-    """The advantage's options, or a hook ``"./file.py:name"``."""
+    loss: LossConfig = LossConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -142,13 +152,13 @@ class HooksConfig(Table):
 class SftConfig(Table):
     """`slime sft`: supervised fine-tuning with the same trainer."""
 
-    data: Path
+    data: FilePath
     """``.jsonl`` or ``.parquet`` with ``messages`` or ``text`` for the prompt and ``response``."""
     num_steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt = 64
     """Sequences a step."""
-    output: Path
+    output: FilePath
     """Hugging Face directory that is written at the end."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5)
 
