@@ -37,11 +37,11 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     train: FilePath
-    """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``, and optionally ``label``, ``tags``, ``metadata``, ``id``."""
+    """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``; optional ``label``, ``tags``, ``metadata``, ``id``."""
     eval: FilePath | None = None
     """Prompts of a separate evaluation set. Without it, `held_out` of the training file are set apart by hash."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of `train` kept out of training for evaluation. Chosen by content hash: stable when rows are added or reordered."""
+    """Share of `train` kept for evaluation. Chosen by content hash: stable when rows are added or reordered."""
     require_label: bool = True
     """Refuse rows without a label. Switch off for rewards that need none."""
     shuffle: bool = True
@@ -65,7 +65,7 @@ class BufferConfig(Table):
     max_staleness: Annotated[int, Field(ge=0, le=0)] = 0
     """Highest age, in weight versions, of any trained token. 0 is strictly on-policy."""
     filter: str = "all"
-    """Which graded groups are trained: ``"all"``, ``"informative"`` (not all rewards equal) or a hook ``"./file.py:name"``."""
+    """Which groups are trained: ``"all"``, ``"informative"`` (rewards not all equal) or a hook ``"./file.py:name"``."""
 
 
 class RewardConfig(Table):
@@ -89,7 +89,7 @@ class LossConfig(Table):
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of tokens with a negative advantage, as a multiple of it."""
     aggregation: Literal["sequence", "token", "prompt", "constant"] = "sequence"
-    """How token losses become one: mean over rollouts of their token means, over tokens, over prompts, or a fixed denominator."""
+    """How token losses become one: mean over rollouts of token means, over tokens, over prompts, or over a constant."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """Truncated importance weight ``min(exp(train_logprob - rollout_logprob), cap)``; none by default on-policy."""
 
@@ -167,7 +167,7 @@ class PlacementConfig(Table):
     mode: Literal["colocated"] = "colocated"
     """``"colocated"``: trainer and engines take turns on the same devices."""
     ray_address: str | None = None
-    """Join the Ray cluster at this address (``host:port`` or ``auto``); by default one is started here and ends with the run."""
+    """Join the Ray cluster at this address (``host:port`` or ``auto``). By default one is started for the run."""
 
 
 class EngineConfig(Table):

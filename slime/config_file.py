@@ -52,7 +52,7 @@ def load_config(
             f"Put it into a file of its own and run with --profile FILE, or choose a shipped one: {_shipped()}"
         )
     where = _profile_source(profile)
-    overrides = [_assignment(line) for line in assignments]
+    overrides: list[Source] = [_assignment(line) for line in assignments]
     merged: dict[str, Any] = {"profile": where.values}
     for source in (task, *overrides):
         merged = _merge(merged, source.values)

@@ -61,7 +61,7 @@ class LedgerError(SlimeError):
     """The ledger refuses a transition, or another run holds the run directory."""
 
 
-class StopRun(SlimeError):
+class StopRun(SlimeError):  # noqa: N818  an outcome, not an error
     """The run was asked to stop. Not a failure: what was trained is committed on the way out."""
 
 

@@ -39,7 +39,10 @@ class RolloutEngine(Protocol):
     async def load_weights(self, manifest: str, *, version: int) -> None:
         """Load every tensor the staged `manifest` names, verify checksums, and answer as `version` from then on.
 
-        The engine is paused by the caller. Raises EngineError if anything did not load; the engine must then not be resumed.
+        The engine is paused by the caller.
+
+        Raises:
+            EngineError: something did not load; the engine must then not be resumed.
         """
         ...
 
@@ -59,11 +62,11 @@ class Trainer(Protocol):
     async def train_step(self, batch: TrainBatch) -> Metrics: ...
 
     async def logprobs(self, batch: TrainBatch) -> list[list[Any]]:
-        """Current log-probs of every target, ``[rank][micro-batch] -> float32[T]``, over the first update's micro-batches."""
+        """Current log-probs of every target of the first update: ``[rank][micro-batch] -> float32[T]``."""
         ...
 
     async def stage_weights(self, directory: str) -> str:
-        """Write all weights, under their Hugging Face names, where engines can map them. Returns the manifest's path."""
+        """Write all weights, under their Hugging Face names, where engines can map them. Returns the manifest."""
         ...
 
     async def offload(self) -> None: ...
@@ -74,7 +77,9 @@ class Trainer(Protocol):
         """Write weights, optimizer, scheduler and RNG state into the new, empty `directory`."""
         ...
 
-    async def load(self, directory: str) -> None: ...
+    async def load(self, directory: str, *, version: int) -> None:
+        """Continue from a saved state; `version` is the number of steps it had taken."""
+        ...
 
     async def export(self, directory: str) -> None:
         """Write a Hugging Face directory of the current weights."""

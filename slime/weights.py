@@ -1,8 +1,8 @@
 """Staged weights: how a trainer hands a full set of tensors to engines on the same host.
 
 A staging directory (under /dev/shm, so that it is memory) holds ``weights.bin``, the raw little-endian bytes of every
-tensor one after the other, and ``manifest.json``, which names them. Raw bytes, because both sides map them without a copy
-and neither has to unpickle anything.
+tensor one after the other, and ``manifest.json``, which names them. Raw bytes, because both sides map them without a
+copy and neither has to unpickle anything.
 """
 
 from __future__ import annotations

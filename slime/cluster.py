@@ -1,0 +1,144 @@
+"""The Ray cluster a run lives in. Ray is imported nowhere else.
+
+A run reserves one bundle a device (a placement group) and puts its actors into the bundles; in colocated mode an engine
+and a training rank share a bundle, each taking half of the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime.errors import ConfigError, SlimeError
+
+START_TIMEOUT_S = 120.0
+
+
+class Actor:
+    """A process of the run, holding one object whose methods are awaited through `call`."""
+
+    def __init__(self, handle: Any, *, name: str, error: type[SlimeError]) -> None:
+        self._handle = handle
+        self._name = name
+        self._error = error
+
+    async def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        """Await a method of the actor's object.
+
+        Raises:
+            SlimeError: what the method raised, or the actor's own error class when it died or the deadline passed.
+        """
+        reference = getattr(self._handle, method).remote(*args, **kwargs)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        except RayTaskError as failure:
+            if isinstance(failure.cause, SlimeError):
+                raise failure.cause from None
+            raise self._error(f"{self._name}, {method}:\n{failure}") from None
+        except RayActorError as failure:
+            raise self._error(f"{self._name} died during {method}: {failure}") from None
+        except TimeoutError:
+            raise self._error(f"{self._name} did not finish {method} within {timeout_s:.0f} s") from None
+
+    def kill(self) -> None:
+        """End the process at once."""
+        ray.kill(self._handle)
+
+
+class Cluster:
+    """The bundles of one run, in a Ray started here or joined.
+
+    Args:
+        address: an existing cluster's, or None to start one that ends with this process.
+        num_devices: bundles to reserve.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or has fewer free devices than asked for.
+    """
+
+    def __init__(self, *, address: str | None, num_devices: int, device: str) -> None:
+        _connect(address, num_devices=num_devices)
+        bundle = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+        self._device = device
+        self._group: PlacementGroup = placement_group([bundle] * num_devices, strategy="PACK")
+        if not self._group.wait(START_TIMEOUT_S):
+            have = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+            self.close()
+            raise ConfigError(
+                f"the profile wants {num_devices} bundles of {bundle}; the Ray cluster has {have} in all, not all free.\n"
+                "Free devices, or choose a smaller profile with --profile."
+            )
+
+    def spawn(
+        self,
+        cls: type,
+        *args: Any,
+        bundle: int,
+        name: str,
+        error: type[SlimeError],
+        env: Mapping[str, str],
+        **kwargs: Any,
+    ) -> Actor:
+        """Start an actor of `cls` in a bundle. Its constructor runs there; the first `call` awaits it."""
+        handle = (
+            ray.remote(cls)
+            .options(
+                num_cpus=0.5,
+                num_gpus=0.5 if self._device == "cuda" else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+                runtime_env={"env_vars": dict(env)},
+            )
+            .remote(*args, **kwargs)
+        )
+        return Actor(handle, name=name, error=error)
+
+    async def free_address(self, *, bundle: int) -> tuple[str, int]:
+        """Host and free port on the node of a bundle, for the training ranks to meet at."""
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        task = ray.remote(_free_address).options(num_cpus=0.1, scheduling_strategy=strategy)
+        host, port = await asyncio.wait_for(asyncio.wrap_future(task.remote().future()), START_TIMEOUT_S)
+        return host, port
+
+    def close(self) -> None:
+        """Free the bundles, and end the cluster if it was started here. Ends every actor of the run."""
+        remove_placement_group(self._group)
+        ray.shutdown()
+
+
+def _connect(address: str | None, *, num_devices: int) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if address is None:
+        cpus = max(os.cpu_count() or 1, num_devices)
+        ray.init(
+            "local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=2**29,
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"profile.placement.ray_address = {address!r}: no Ray cluster answers there ({error}).\n"
+            "Start one with `ray start --head`, or remove the key to let slime start its own."
+        ) from error
+
+
+def _free_address() -> tuple[str, int]:
+    host = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return host, probe.getsockname()[1]
