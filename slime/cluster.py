@@ -75,7 +75,7 @@ class Cluster:
             have = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
             self.close()
             raise ConfigError(
-                f"the profile wants {num_devices} bundles of {bundle}; the Ray cluster has {have} in all, not all free.\n"
+                f"the profile wants {num_devices} bundles of {bundle}; Ray has {have} in all, not all free.\n"
                 "Free devices, or choose a smaller profile with --profile."
             )
 

@@ -37,7 +37,7 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     train: FilePath
-    """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``; optional ``label``, ``tags``, ``metadata``, ``id``."""
+    """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``, and ``label``, ``tags``, ``metadata``, ``id``."""
     eval: FilePath | None = None
     """Prompts of a separate evaluation set. Without it, `held_out` of the training file are set apart by hash."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -135,6 +135,8 @@ class EvalConfig(Table):
     """pass@1 is the mean over all samples; pass@k is reported for this k."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """0 is greedy."""
+    pass_reward: float = 1.0
+    """A sample passes when its reward reaches this."""
 
 
 class CheckpointConfig(Table):

@@ -3,6 +3,7 @@
     SlimeError
     ├── ConfigError       the run file, a profile or the command line is wrong; nothing has started
     ├── DataError         a prompt file is wrong: file, line and column are named
+    ├── PromptError       one prompt cannot be rolled out; it is dropped on record and the run goes on
     ├── ModelError        a model directory is missing, incomplete or of an unknown family
     ├── HookError         a user's function cannot be found or has the wrong signature
     ├── RewardError       a user's reward function failed while it ran
@@ -18,7 +19,7 @@ A message says what was got, where, and two ways out. All are picklable, because
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class SlimeError(Exception):
@@ -31,6 +32,24 @@ class ConfigError(SlimeError):
 
 class DataError(SlimeError):
     """A prompt file is wrong; the message names file, line and column."""
+
+
+class PromptError(SlimeError):
+    """One prompt cannot be rolled out. It is dropped on record for `reason`, one word, and the run goes on."""
+
+    def __init__(self, message: str, *, reason: str = "unusable") -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Callable[..., PromptError], tuple[str, str]]:
+        return _prompt_error, (self.args[0], self.reason)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _prompt_error(message: str, reason: str) -> PromptError:
+    return PromptError(message, reason=reason)
 
 
 class ModelError(SlimeError):

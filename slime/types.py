@@ -111,7 +111,7 @@ class Sample:
     def append(
         self, tokens: Sequence[int], *, logprobs: Sequence[float] | None = None, version: int | None = None
     ) -> None:
-        """Add tokens at the end: given ones without `logprobs`, sampled ones with `logprobs` and their weight `version`.
+        """Add tokens at the end: given ones without `logprobs`, sampled ones with `logprobs` and `version`.
 
         Raises:
             ValueError: `logprobs` has another length than `tokens`, or sampled tokens carry no version.

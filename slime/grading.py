@@ -1,0 +1,67 @@
+"""From samples to verdicts: what the group's policy on failures is, and when failures stop the run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from slime.errors import RewardError
+from slime.types import Failed, Group, Prompt, Sample, Score, Verdict
+
+MIN_JUDGED = 32
+"""Samples judged before the failure rate may stop a run: fewer say nothing about a rate."""
+
+
+class Grader:
+    """Grades a group and takes out the samples without a score: a smaller group, never an invented number.
+
+    Args:
+        grade: the verdicts of a prompt's samples.
+        max_failure_rate: highest share of Failed among the last `window` samples.
+        window: samples the rate is measured over, usually those of one step.
+    """
+
+    def __init__(
+        self,
+        grade: Callable[[Sequence[Sample], Prompt], Awaitable[list[Verdict]]],
+        *,
+        max_failure_rate: float,
+        window: int,
+    ) -> None:
+        self._grade = grade
+        self._max_failure_rate = max_failure_rate
+        self._failed: deque[bool] = deque(maxlen=max(window, MIN_JUDGED))
+
+    async def __call__(self, group: Group) -> Group:
+        """The group with verdicts, and without the samples that got no score.
+
+        Raises:
+            RewardError: too many verdicts failed; training on what is left would be training on rubbish.
+        """
+        verdicts = await self._grade(group.samples, group.prompt)
+        for sample, verdict in zip(group.samples, verdicts, strict=True):
+            sample.verdict = verdict
+        self._watch(verdicts)
+        group.samples = [sample for sample in group.samples if isinstance(sample.verdict, Score)]
+        return group
+
+    def _watch(self, verdicts: Sequence[Verdict]) -> None:
+        failures = [verdict for verdict in verdicts if isinstance(verdict, Failed)]
+        self._failed.extend(isinstance(verdict, Failed) for verdict in verdicts)
+        rate = sum(self._failed) / len(self._failed)
+        if failures and len(self._failed) >= MIN_JUDGED and rate > self._max_failure_rate:
+            raise RewardError(
+                f"{rate:.0%} of the last {len(self._failed)} samples got no verdict "
+                f"(reward.max_failure_rate = {self._max_failure_rate:.0%}); the last: {failures[-1].kind}: "
+                f"{failures[-1].detail}\nMend the reward function, or raise reward.max_failure_rate or reward.timeout_s."
+            )
+
+
+def no_verdicts(group: Group) -> str:
+    """Why a group whose samples mostly got no score is dropped: one sample alone has no advantage."""
+    return "too_few_verdicts" if len(group.samples) < 2 else ""
+
+
+def informative(group: Group) -> str:
+    """The built-in filter: equal rewards give every sample advantage 0 and teach nothing."""
+    return "equal_rewards" if len({sample.reward for sample in group.samples}) < 2 else ""

@@ -1,0 +1,171 @@
+"""The one training loop, and the workers that feed it.
+
+      ┌──────────── admit ◀── buffer ◀── put (graded, kept or dropped) ──┐
+      ▼                         │ take: a full step, in order of issue   │
+    rollout_worker × N          ▼                                        │
+      generate ─▶ grade ─▶ keep?│─────────────────────────────────────────┘
+                                ▼
+    train: build_batch ─▶ train_step ─▶ commit ─▶ publish ─▶ published(version) ─▶ evaluate, report
+
+A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a full
+step: woken by `put`. With max_staleness = 0 admission opens only when a version is published, so generation and training
+alternate; a larger bound lets them overlap. Nothing here knows Ray, SGLang or Megatron.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from slime.errors import PromptError, StopRun
+from slime.protocols import Buffer, Placement, Publisher, Trainer
+from slime.types import Group, Lease, Metrics, TrainBatch
+
+T = TypeVar("T")
+
+
+class Rollout(Protocol):
+    """Generates the samples of a leased prompt."""
+
+    async def generate(self, lease: Lease) -> Group: ...
+
+
+class BuildBatch(Protocol):
+    """Groups of a step → what the trainer trains."""
+
+    def __call__(self, groups: Sequence[Group], *, version: int) -> TrainBatch: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The parts of a run, as protocols. slime.run puts the real ones in, tests put in fakes."""
+
+    num_steps: int
+    groups_per_step: int
+    commit_every: int
+    buffer: Buffer
+    rollout: Rollout
+    grade: Callable[[Group], Awaitable[Group]]
+    keep: Callable[[Group], str]
+    build_batch: BuildBatch
+    trainer: Trainer
+    placement: Placement
+    publisher: Publisher
+    commit: Callable[[int], Awaitable[None]]
+    """Make everything up to a step durable: checkpoint, then ledger."""
+    evaluate: Callable[[int], Awaitable[Metrics]]
+    """Held-out metrics of a version; empty when none is due."""
+    on_step: Callable[[int, Sequence[Group], Metrics], None]
+
+
+async def run_loop(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
+    """Train from `first_step` to the end, with as many rollout workers as a step has groups.
+
+    Raises:
+        StopRun: `stop` was set; what was trained is committed.
+        SlimeError: the first failure of any worker or of training; the others are cancelled.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            workers = [
+                tasks.create_task(rollout_worker(run), name=f"rollout worker {i}") for i in range(run.groups_per_step)
+            ]
+            await train(run, first_step=first_step, stop=stop)
+            for worker in workers:
+                worker.cancel()
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from failures
+
+
+async def rollout_worker(run: Run) -> None:
+    """Admit, generate, grade, hand in; for ever."""
+    while True:
+        lease = await run.buffer.admit()
+        try:
+            group = await run.rollout.generate(lease)
+        except PromptError as unusable:
+            await run.buffer.drop(lease, reason=unusable.reason)
+            continue
+        group = await run.grade(group)
+        reason = run.keep(group)
+        await run.buffer.put(lease, group, keep=not reason, reason=reason)
+
+
+async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
+    """Take, train, commit, publish, step by step."""
+    async with run.placement.publishing():
+        await run.publisher.publish(run.trainer.version)
+    run.buffer.published(run.trainer.version)
+    await _unless(stop, run.evaluate(first_step - 1))
+    for step in range(first_step, run.num_steps + 1):
+        clock = Clock()
+        try:
+            with clock("generate"):
+                groups = await _unless(stop, run.buffer.take(run.groups_per_step, step=step))
+        except StopRun:
+            await _commit_and_leave(run, step - 1)
+            raise
+        batch = run.build_batch(groups, version=run.trainer.version)
+        async with run.placement.training():
+            with clock("train"):
+                metrics = await run.trainer.train_step(batch)
+            with clock("commit"):
+                if step % run.commit_every == 0 or step == run.num_steps:
+                    await run.commit(step)
+        with clock("publish"):
+            async with run.placement.publishing():
+                metrics |= await run.publisher.publish(run.trainer.version)
+        run.buffer.published(run.trainer.version)
+        with clock("eval"):
+            metrics |= await run.evaluate(step)
+        run.on_step(step, groups, metrics | clock.metrics())
+
+
+async def _commit_and_leave(run: Run, step: int) -> None:
+    if step % run.commit_every != 0:
+        async with run.placement.training():
+            await run.commit(step)
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, or raise StopRun as soon as `stop` is set."""
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise StopRun("asked to stop while waiting for rollouts")
+        return await task
+    finally:
+        task.cancel()
+        stopped.cancel()
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+class Clock:
+    """Where a step's time goes: ``with clock("train")`` adds to ``time/train_s``."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[phase] = self._spent.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> Metrics:
+        """``time/<phase>_s`` for every phase, and ``time/step_s`` in all."""
+        spent = {f"time/{phase}_s": seconds for phase, seconds in self._spent.items()}
+        return spent | {"time/step_s": time.perf_counter() - self._start}
