@@ -50,7 +50,7 @@ class Evaluator:
     async def __call__(self) -> tuple[Metrics, list[list[Sample]]]:
         """Metrics ``eval/held_out/*`` and the judged samples of every prompt.
 
-        pass@1 is the mean over all samples that got a verdict; pass@k the share of prompts one of whose k samples passed.
+        pass@1 is the mean over all samples with a verdict; pass@k the share of prompts one of whose k samples passed.
         A failed verdict counts in ``failures``, never as a failed sample.
         """
         async with asyncio.TaskGroup() as tasks:

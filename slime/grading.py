@@ -53,7 +53,7 @@ class Grader:
             raise RewardError(
                 f"{rate:.0%} of the last {len(self._failed)} samples got no verdict "
                 f"(reward.max_failure_rate = {self._max_failure_rate:.0%}); the last: {failures[-1].kind}: "
-                f"{failures[-1].detail}\nMend the reward function, or raise reward.max_failure_rate or reward.timeout_s."
+                f"{failures[-1].detail}\nMend the reward function, or raise reward.max_failure_rate or timeout_s."
             )
 
 

@@ -7,9 +7,9 @@
                                 ▼
     train: build_batch ─▶ train_step ─▶ commit ─▶ publish ─▶ published(version) ─▶ evaluate, report
 
-A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a full
-step: woken by `put`. With max_staleness = 0 admission opens only when a version is published, so generation and training
-alternate; a larger bound lets them overlap. Nothing here knows Ray, SGLang or Megatron.
+A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a
+full step: woken by `put`. With max_staleness = 0 admission opens only when a version is published, so generation and
+training alternate; a larger bound lets them overlap. Nothing here knows Ray, SGLang or Megatron.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Run:
     placement: Placement
     publisher: Publisher
     commit: Callable[[int], Awaitable[None]]
-    """Make everything up to a step durable: checkpoint, then ledger."""
-    evaluate: Callable[[int], Awaitable[Metrics]]
+    """Make everything up to a step durable: checkpoint, then ledger. Does nothing where that is done."""
+    evaluate: Callable[[int], Coroutine[Any, Any, Metrics]]
     """Held-out metrics of a version; empty when none is due."""
     on_step: Callable[[int, Sequence[Group], Metrics], None]
 
@@ -78,7 +78,11 @@ async def run_loop(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
             for worker in workers:
                 worker.cancel()
     except BaseExceptionGroup as failures:
-        raise _first(failures) from failures
+        first = _first(failures)
+        if isinstance(first, StopRun):
+            async with run.placement.training():
+                await run.commit(run.trainer.version)
+        raise first from None
 
 
 async def rollout_worker(run: Run) -> None:
@@ -100,15 +104,11 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
     async with run.placement.publishing():
         await run.publisher.publish(run.trainer.version)
     run.buffer.published(run.trainer.version)
-    await _unless(stop, run.evaluate(first_step - 1))
+    await _unless(stop, run.evaluate(run.trainer.version))
     for step in range(first_step, run.num_steps + 1):
         clock = Clock()
-        try:
-            with clock("generate"):
-                groups = await _unless(stop, run.buffer.take(run.groups_per_step, step=step))
-        except StopRun:
-            await _commit_and_leave(run, step - 1)
-            raise
+        with clock("generate"):
+            groups = await _unless(stop, run.buffer.take(run.groups_per_step, step=step))
         batch = run.build_batch(groups, version=run.trainer.version)
         async with run.placement.training():
             with clock("train"):
@@ -121,14 +121,8 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
                 metrics |= await run.publisher.publish(run.trainer.version)
         run.buffer.published(run.trainer.version)
         with clock("eval"):
-            metrics |= await run.evaluate(step)
+            metrics |= await _unless(stop, run.evaluate(step))
         run.on_step(step, groups, metrics | clock.metrics())
-
-
-async def _commit_and_leave(run: Run, step: int) -> None:
-    if step % run.commit_every != 0:
-        async with run.placement.training():
-            await run.commit(step)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
@@ -138,7 +132,7 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise StopRun("asked to stop while waiting for rollouts")
+            raise StopRun("asked to stop")
         return await task
     finally:
         task.cancel()
