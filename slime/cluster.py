@@ -11,14 +11,12 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from typing import Any
-
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from typing import TYPE_CHECKING, Any
 
 from slime.errors import ConfigError, SlimeError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 START_TIMEOUT_S = 120.0
 
@@ -37,6 +35,8 @@ class Actor:
         Raises:
             SlimeError: what the method raised, or the actor's own error class when it died or the deadline passed.
         """
+        from ray.exceptions import RayActorError, RayTaskError
+
         reference = getattr(self._handle, method).remote(*args, **kwargs)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
@@ -51,6 +51,8 @@ class Actor:
 
     def kill(self) -> None:
         """End the process at once."""
+        import ray
+
         ray.kill(self._handle)
 
 
@@ -67,7 +69,10 @@ class Cluster:
     """
 
     def __init__(self, *, address: str | None, num_devices: int, device: str) -> None:
-        _connect(address, num_devices=num_devices)
+        ray = _connect(address, num_devices=num_devices)
+        from ray.util.placement_group import placement_group
+
+        self._ray = ray
         bundle = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
         self._device = device
         self._group: PlacementGroup = placement_group([bundle] * num_devices, strategy="PACK")
@@ -91,11 +96,11 @@ class Cluster:
     ) -> Actor:
         """Start an actor of `cls` in a bundle. Its constructor runs there; the first `call` awaits it."""
         handle = (
-            ray.remote(cls)
+            self._ray.remote(cls)
             .options(
                 num_cpus=0.5,
                 num_gpus=0.5 if self._device == "cuda" else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+                scheduling_strategy=self._in_bundle(bundle),
                 runtime_env={"env_vars": dict(env)},
             )
             .remote(*args, **kwargs)
@@ -104,18 +109,33 @@ class Cluster:
 
     async def free_address(self, *, bundle: int) -> tuple[str, int]:
         """Host and free port on the node of a bundle, for the training ranks to meet at."""
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-        task = ray.remote(_free_address).options(num_cpus=0.1, scheduling_strategy=strategy)
+        task = self._ray.remote(_free_address).options(num_cpus=0, scheduling_strategy=self._in_bundle(bundle))
         host, port = await asyncio.wait_for(asyncio.wrap_future(task.remote().future()), START_TIMEOUT_S)
         return host, port
 
     def close(self) -> None:
         """Free the bundles, and end the cluster if it was started here. Ends every actor of the run."""
+        from ray.util.placement_group import remove_placement_group
+
         remove_placement_group(self._group)
-        ray.shutdown()
+        self._ray.shutdown()
+
+    def _in_bundle(self, index: int) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
 
 
-def _connect(address: str | None, *, num_devices: int) -> None:
+def _connect(address: str | None, *, num_devices: int) -> Any:
+    """Start or join Ray, and return the module.
+
+    Ray reads the switch that keeps a cluster on the loopback interface when it is imported; by its name it is for other
+    systems, on Linux it makes a node's address 127.0.0.1. So Ray is imported here, after it is set.
+    """
+    if address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if address is None:
         cpus = max(os.cpu_count() or 1, num_devices)
@@ -123,11 +143,10 @@ def _connect(address: str | None, *, num_devices: int) -> None:
             "local",
             num_cpus=cpus,
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             object_store_memory=2**29,
             **quiet,
         )
-        return
+        return ray
     try:
         ray.init(address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -135,9 +154,12 @@ def _connect(address: str | None, *, num_devices: int) -> None:
             f"profile.placement.ray_address = {address!r}: no Ray cluster answers there ({error}).\n"
             "Start one with `ray start --head`, or remove the key to let slime start its own."
         ) from error
+    return ray
 
 
 def _free_address() -> tuple[str, int]:
+    import ray
+
     host = ray.util.get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((host, 0))

@@ -200,6 +200,8 @@ class RanksConfig(Table):
     """bf16 keeps fp32 master weights, gradients and moments."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
+    step_timeout_s: Seconds = 3600.0
+    """A training step that takes longer ends the run."""
     distributed_timeout_s: Seconds = 600.0
     """A collective that takes longer ends the run."""
     megatron: dict[str, Any] = {}

@@ -60,7 +60,7 @@ class RemoteTrainer:
 
     async def start(self) -> None:
         """Wait until every rank has built and loaded its model."""
-        await self._all("ready")
+        await self._all("__ray_ready__")
 
     async def train_step(self, batch: TrainBatch) -> Metrics:
         metrics: Metrics = await self._each("train_step", _by_rank(batch))
