@@ -1,0 +1,160 @@
+"""Rows of a ``.jsonl`` or ``.parquet`` file, one dictionary each, with the place they stand at for error messages.
+
+Accepted as they come: a byte order mark, CRLF, empty lines. Everything else that is not one JSON object a line is
+refused, because a row that is guessed at trains the wrong thing in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slime.errors import DataError
+
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is refused before it is held in memory a second time."""
+_BOM = b"\xef\xbb\xbf"
+_EXAMPLE = '{"text": "1 + 2 =", "label": "3"}'
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield ``(where, row)`` for each row, `where` being the file and the line (``.jsonl``) or the row (``.parquet``),
+    from 1.
+
+    Raises:
+        DataError: the file is missing, of another kind, unreadable or without rows, or a line is not one JSON object.
+    """
+    if not path.is_file():
+        _refuse_missing(path)
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path}: got a file that ends in {path.suffix or 'nothing'!r}. Prompts are read from .jsonl and .parquet. "
+            "Convert the file, or rename it if it is one of the two."
+        )
+    empty = True
+    for where, row in readers[path.suffix](path):
+        empty = False
+        yield where, row
+    if empty:
+        raise DataError(f"{path}: got no rows. Write one JSON object a line, such as {_EXAMPLE}, or name another file.")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{where}: got more than {MAX_LINE_BYTES // 2**20} MiB without a line break. Write one JSON object "
+                    "a line, or shorten this row."
+                )
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip(b" \t\r\n"):
+                yield where, _parse_line(line, where=where)
+
+
+def _parse_line(line: bytes, *, where: str) -> Row:
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}, byte {error.start + 1}: got 0x{line[error.start]:02x}, which is not UTF-8. "
+            "Save the file as UTF-8 (e.g. with `iconv -t utf-8`), or remove the line."
+        ) from None
+    if "\0" in text:
+        _refuse_line(where, text, column=text.index("\0") + 1, got="a NUL byte (was the file cut off while written?)")
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        _refuse_line(where, text, column=error.colno, got=f"broken JSON ({error.msg})")
+    except _RowError as error:
+        _refuse_line(where, text, column=text.find(error.token) + 1, got=str(error))
+    except (RecursionError, ValueError) as error:  # nested a thousand deep, or an integer of thousands of digits
+        _refuse_line(where, text, column=1, got=f"JSON beyond the parser's limits ({error})")
+    if not isinstance(row, dict):
+        _refuse_line(where, text, column=1, got=f"{describe(row)} where an object is needed")
+    return row
+
+
+class _RowError(Exception):
+    """JSON that Python reads and we refuse; `token` is the text it is about."""
+
+    def __init__(self, token: str, message: str) -> None:
+        super().__init__(message)
+        self.token = token
+
+
+def _refuse_constant(token: str) -> NoReturn:
+    raise _RowError(token, f"{token}, which JSON does not have")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _RowError(json.dumps(twice, ensure_ascii=False), f"the key {twice!r} twice in one object")
+    return row
+
+
+def _refuse_line(where: str, text: str, *, column: int, got: str) -> NoReturn:
+    around = text[max(0, column - 30) : column + 30]
+    raise DataError(
+        f"{where}, column {column}: got {got} near {around!r}. "
+        f"Each line is one JSON object such as {_EXAMPLE}: mend the line, or remove it."
+    )
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa  # here, because it takes a third of a second to import
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                number += 1
+                yield f"{path}, row {number}", _without_nulls(row)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: got a file that is not whole parquet ({error}). Write it again, or give the prompts as .jsonl."
+        ) from error
+
+
+def _without_nulls(row: Row) -> Row:
+    """Parquet fills what a row does not have with nulls, also in the keys of its messages: absent means absent here."""
+    present = {key: value for key, value in row.items() if value is not None}
+    if isinstance(present.get("messages"), list):
+        present["messages"] = [
+            {key: value for key, value in message.items() if value is not None}
+            if isinstance(message, dict)
+            else message
+            for message in present["messages"]
+        ]
+    return present
+
+
+def _refuse_missing(path: Path) -> NoReturn:
+    if path.is_dir():
+        raise DataError(f"{path}: got a directory. Name a .jsonl or .parquet file in it, or join its files into one.")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: no such directory. Create it, or correct the path (it is relative to the run file).")
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "Create it."
+    raise DataError(f"{path}: no such file. {hint} Otherwise correct the path (it is relative to the run file).")
+
+
+def describe(value: Any) -> str:
+    """The kind of a JSON value, with its article, for messages."""
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,113 @@
+"""The tables of ``ledger.sqlite``, the states of a prompt instance and the moves between them.
+
+    issued → running → generated → graded → packed(step) → committed(step)
+      │         └──────────┴─ dropped(reason)
+      └─ dropped(reason), when given up while it waits to be issued again
+    running, generated, graded ─ requeued → issued, with the next attempt
+    running, generated, graded, packed ─ recovered → issued, with the next attempt, after the process ended
+
+`instances` holds where each one stands; `events` how it came there, and nothing is ever changed in it. `buffer.audit`
+holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from enum import StrEnum
+from pathlib import Path
+
+from slime.errors import LedgerError
+
+VERSION = 1
+APPLICATION_ID = 0x736C696D  # "slim": tells a ledger from any other SQLite file
+
+
+class State(StrEnum):
+    """Where a prompt instance stands."""
+
+    ISSUED = "issued"
+    RUNNING = "running"
+    GENERATED = "generated"
+    GRADED = "graded"
+    PACKED = "packed"
+    COMMITTED = "committed"
+    DROPPED = "dropped"
+
+
+REQUEUED = "requeued"
+"""Event: back to ISSUED with the next attempt."""
+RECOVERED = "recovered"
+"""Event: the same, because the process that had it ended."""
+STALE = "stale"
+"""Event: a result of an older attempt came in and was discarded."""
+REPEATED = "repeated"
+"""Event: a result that is already recorded came in again and was discarded."""
+
+MAY_COME_FROM: dict[str, frozenset[State]] = {
+    State.RUNNING: frozenset({State.ISSUED}),
+    State.GENERATED: frozenset({State.RUNNING}),
+    State.GRADED: frozenset({State.RUNNING, State.GENERATED}),
+    State.PACKED: frozenset({State.GRADED}),
+    State.COMMITTED: frozenset({State.PACKED}),
+    State.DROPPED: frozenset({State.ISSUED, State.RUNNING, State.GENERATED}),
+    REQUEUED: frozenset({State.RUNNING, State.GENERATED, State.GRADED}),
+    RECOVERED: frozenset({State.RUNNING, State.GENERATED, State.GRADED, State.PACKED}),
+}
+"""Every legal move, by the event it is recorded as."""
+
+REPEATS: dict[str, frozenset[State]] = {
+    State.GENERATED: frozenset({State.GENERATED}),
+    State.GRADED: frozenset({State.GRADED, State.PACKED, State.COMMITTED}),
+    State.DROPPED: frozenset({State.DROPPED}),
+}
+"""Where the same result of the same attempt, sent again because its answer got lost, is no error."""
+
+_TABLES = f"""
+CREATE TABLE instances (
+    ordinal INTEGER PRIMARY KEY,
+    prompt_uid TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ({", ".join(f"'{state}'" for state in State)})),
+    step INTEGER,
+    reason TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX packed_instances ON instances (step) WHERE state = 'packed';
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    time REAL NOT NULL,
+    ordinal INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    event TEXT NOT NULL,
+    step INTEGER,
+    detail TEXT NOT NULL DEFAULT ''
+);
+CREATE TRIGGER events_stay BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+CREATE TRIGGER events_stand BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+CREATE TABLE commits (step INTEGER PRIMARY KEY, checkpoint TEXT NOT NULL, state TEXT NOT NULL, time REAL NOT NULL);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
+"""
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Make the tables, all or none."""
+    db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+
+
+def check(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file that is no ledger, or one of another version.
+
+    Raises:
+        LedgerError: with what was found and what this slime reads.
+    """
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID:
+        raise LedgerError(f"{path}: got a SQLite file that is no ledger. Move it away, or choose another run_dir.")
+    if version != VERSION:
+        raise LedgerError(
+            f"{path}: got a ledger of version {version}; this slime reads version {VERSION}. "
+            "Continue the run with the slime that began it, or choose another run_dir."
+        )
