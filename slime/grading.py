@@ -65,3 +65,8 @@ def no_verdicts(group: Group) -> str:
 def informative(group: Group) -> str:
     """The built-in filter: equal rewards give every sample advantage 0 and teach nothing."""
     return "equal_rewards" if len({sample.reward for sample in group.samples}) < 2 else ""
+
+
+def keep_all(group: Group) -> str:
+    """The built-in filter that trains every group."""
+    return ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trainer.worker import TrainWorker, WorkerSpec
+
 from rollout.engine import SGLangEngine
 from slime.cluster import Cluster
 from slime.config import Profile, RunConfig
 from slime.errors import EngineError, TrainerError
 from slime.remote import RemoteEngine, RemoteTrainer
-from trainer.worker import TrainWorker, WorkerSpec
 
 
 def spawn_engines(cluster: Cluster, config: RunConfig, *, log_dir: Path, token: str) -> list[RemoteEngine]:

@@ -57,8 +57,9 @@ class Run:
     publisher: Publisher
     commit: Callable[[int], Awaitable[None]]
     """Make everything up to a step durable: checkpoint, then ledger. Does nothing where that is done."""
-    evaluate: Callable[[int], Coroutine[Any, Any, Metrics]]
-    """Held-out metrics of a version; empty when none is due."""
+    evaluate: Callable[[int], Coroutine[Any, Any, None]]
+    """Evaluate the engines' weights after a step, where that is due."""
+    on_phase: Callable[[str], None]
     on_step: Callable[[int, Sequence[Group], Metrics], None]
 
 
@@ -94,6 +95,7 @@ async def rollout_worker(run: Run) -> None:
         except PromptError as unusable:
             await run.buffer.drop(lease, reason=unusable.reason)
             continue
+        await run.buffer.generated(lease)
         group = await run.grade(group)
         reason = run.keep(group)
         await run.buffer.put(lease, group, keep=not reason, reason=reason)
@@ -104,11 +106,11 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
     async with run.placement.publishing():
         await run.publisher.publish(run.trainer.version)
     run.buffer.published(run.trainer.version)
-    await _unless(stop, run.evaluate(run.trainer.version))
+    await unless(stop, run.evaluate(run.trainer.version))
     for step in range(first_step, run.num_steps + 1):
-        clock = Clock()
+        clock = Clock(run.on_phase)
         with clock("generate"):
-            groups = await _unless(stop, run.buffer.take(run.groups_per_step, step=step))
+            groups = await unless(stop, run.buffer.take(run.groups_per_step, step=step))
         batch = run.build_batch(groups, version=run.trainer.version)
         async with run.placement.training():
             with clock("train"):
@@ -121,12 +123,15 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
                 metrics |= await run.publisher.publish(run.trainer.version)
         run.buffer.published(run.trainer.version)
         with clock("eval"):
-            metrics |= await _unless(stop, run.evaluate(step))
+            await unless(stop, run.evaluate(step))
         run.on_step(step, groups, metrics | clock.metrics())
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`, or raise StopRun as soon as `stop` is set."""
+    if stop.is_set():
+        work.close()
+        raise StopRun("asked to stop")
     task = asyncio.ensure_future(work)
     stopped = asyncio.ensure_future(stop.wait())
     try:
@@ -147,12 +152,14 @@ def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
 class Clock:
     """Where a step's time goes: ``with clock("train")`` adds to ``time/train_s``."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None]) -> None:
+        self._on_phase = on_phase
         self._start = time.perf_counter()
         self._spent: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._on_phase(phase)
         start = time.perf_counter()
         try:
             yield

@@ -111,6 +111,10 @@ class Buffer(Protocol):
         """Wait until the staleness bound allows one more group, and lease the next prompt instance."""
         ...
 
+    async def generated(self, lease: Lease) -> None:
+        """All samples are there and go to be graded."""
+        ...
+
     async def put(self, lease: Lease, group: Group, *, keep: bool, reason: str = "") -> None:
         """Hand in a graded group, to be trained if `keep`, else dropped on record for `reason`."""
         ...

@@ -1,0 +1,69 @@
+"""What a run shows of itself: metrics, samples, evaluations, and the user's on_step hook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rollout.rollout import Rollout
+
+from buffer.samples import write_samples
+from rewards.pool import RewardPool
+from slime.config import RunConfig
+from slime.errors import HookError, boundary
+from slime.evaluation import Evaluator
+from slime.metrics import MetricsLog, read
+from slime.preflight import Checked
+from slime.types import Group, Metrics, Prompt, Sample, Score
+from slime.view import Example, RunView
+
+
+class Reporting:
+    """Hooks of the loop that look and change nothing."""
+
+    def __init__(
+        self, config: RunConfig, checked: Checked, *, rollout: Rollout, pool: RewardPool, log: MetricsLog, view: RunView
+    ) -> None:
+        self._config = config
+        self._on_step = checked.on_step
+        self._pool = pool
+        self._log = log
+        self._view = view
+        self._prompts = checked.split.eval[: config.eval.num_prompts]
+        self._evaluator = Evaluator(
+            rollout,
+            pool.grade,
+            self._prompts,
+            samples_per_prompt=config.eval.samples_per_prompt,
+            temperature=config.eval.temperature,
+            pass_reward=config.eval.pass_reward,
+            concurrency=config.rollout.prompts_per_step * 2,
+        )
+        self._evaluated = {row["step"] for row in read(config.run_dir) if any(name.startswith("eval/") for name in row)}
+
+    async def evaluate(self, step: int) -> None:
+        """Evaluate the weights after `step`: before the first step, every so many, and after the last."""
+        due = step % self._config.eval.every == 0 or step == self._config.num_steps
+        if not (due and self._prompts) or step in self._evaluated:
+            return
+        metrics, groups = await self._evaluator()
+        self._log.write(step, metrics)
+        self._view.evaluated(step, metrics, example=_example(self._prompts[0], groups[0]))
+
+    def step(self, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
+        """Write the samples and the metrics of a step."""
+        write_samples(self._config.run_dir, groups, step=step)
+        num_tokens = sum(sample.num_response_tokens for group in groups for sample in group.samples)
+        metrics = metrics | self._pool.metrics() | {"rollout/tokens_per_s": num_tokens / metrics["time/generate_s"]}
+        self._log.write(step, metrics)
+        self._view.step(step, metrics)
+        if self._on_step:
+            with boundary(HookError, f"hooks.on_step {self._config.hooks.on_step}"):
+                self._on_step(step, metrics)
+
+
+def _example(prompt: Prompt, samples: Sequence[Sample]) -> Example | None:
+    scored = [sample for sample in samples if isinstance(sample.verdict, Score)]
+    if not scored:
+        return None
+    question = str(prompt.messages[-1]["content"]) if prompt.messages else prompt.text
+    return Example(prompt=question, response=scored[0].response, reward=scored[0].reward)

@@ -1,0 +1,218 @@
+"""`slime train`: the only place where the parts of a run meet.
+
+check (seconds, nothing started) ─▶ cluster, engines and trainer side by side ─▶ last commit ─▶ loop ─▶ all closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rollout.client import GenerationClient
+from rollout.rollout import Rollout
+from rollout.tokenizer import Tokenizer
+from trainer.worker import WorkerSpec
+
+from buffer.ledger import Ledger
+from buffer.local import LocalBuffer
+from buffer.lock import RunLock
+from rewards.pool import RewardPool
+from slime.checkpoints import Checkpoints
+from slime.cluster import Cluster
+from slime.config import RunConfig
+from slime.errors import HookError, boundary
+from slime.grading import Grader, informative, keep_all, no_verdicts
+from slime.hooks import load_hook
+from slime.launch import spawn_engines, spawn_trainer
+from slime.loop import BuildBatch, Run, run_loop, unless
+from slime.metrics import MetricsLog
+from slime.placement import ColocatedPlacement
+from slime.preflight import Checked, check_run, save_config
+from slime.publisher import SharedMemoryPublisher, staging_directory
+from slime.remote import RemoteEngine, RemoteTrainer
+from slime.reporting import Reporting
+from slime.types import Group
+from slime.view import RunView
+from trainer.advantage import make_advantage
+from trainer.batch import build_batch
+
+FORCED_EXIT = 130
+
+
+def run_training(config: RunConfig, *, base_dir: Path) -> None:
+    """Train as `config` says, or continue where an earlier start stopped.
+
+    Args:
+        base_dir: the run file's folder, which hooks are relative to.
+
+    Raises:
+        SlimeError: what went wrong; everything that was committed is kept.
+        StopRun: a signal asked to stop; what was trained is committed.
+    """
+    with RunLock(config.run_dir), ExitStack() as stack:
+        checked = check_run(config, base_dir=base_dir)
+        save_config(config)
+        ledger = stack.enter_context(Ledger(config.run_dir))
+        view = stack.enter_context(RunView(str(config.run_dir), num_steps=config.num_steps))
+        commit = ledger.last_commit()
+        if commit and commit.step >= config.num_steps:
+            view.phase(f"complete: {commit.step} of {config.num_steps} steps are trained")
+            return
+        log = stack.enter_context(MetricsLog(config.run_dir))
+        log.truncate(commit.step if commit else -1)
+        asyncio.run(_train(config, checked, base_dir=base_dir, ledger=ledger, view=view, log=log))
+
+
+async def _train(
+    config: RunConfig, checked: Checked, *, base_dir: Path, ledger: Ledger, view: RunView, log: MetricsLog
+) -> None:
+    with _stop_on_signals(view) as stop:
+        async with AsyncExitStack() as stack:
+            view.phase("starting Ray, engines and trainer")
+            processes = await unless(stop, stack.enter_async_context(_processes(config, base_dir=base_dir)))
+            pool = await stack.enter_async_context(
+                RewardPool(config.reward, base_dir=base_dir, log_path=config.run_dir / "logs" / "rewards.log")
+            )
+            client = await stack.enter_async_context(
+                GenerationClient(
+                    processes.urls, token=processes.token, timeout_s=config.profile.engine.request_timeout_s
+                )
+            )
+            trainer = processes.trainer
+            rollout = Rollout(
+                client,
+                Tokenizer(str(config.model.path)),
+                config=config.rollout,
+                seed=config.seed,
+                deterministic=config.profile.engine.deterministic,
+                generate=checked.generate,
+            )
+            publisher = SharedMemoryPublisher(
+                trainer=trainer, engines=processes.engines, directory=staging_directory(config.run_dir)
+            )
+            stack.callback(publisher.close)
+            checkpoints = Checkpoints(config.run_dir / "checkpoints", trainer=trainer, keep=config.checkpoint.keep)
+            step = await checkpoints.restore(ledger)
+            buffer = LocalBuffer(
+                ledger,
+                checked.order,
+                prompts_per_step=config.rollout.prompts_per_step,
+                num_steps=config.num_steps,
+                max_staleness=config.buffer.max_staleness,
+            )
+            reporting = Reporting(config, checked, rollout=rollout, pool=pool, log=log, view=view)
+            samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+            run = Run(
+                num_steps=config.num_steps,
+                groups_per_step=config.rollout.prompts_per_step,
+                commit_every=config.checkpoint.every,
+                buffer=buffer,
+                rollout=rollout,
+                grade=Grader(pool.grade, max_failure_rate=config.reward.max_failure_rate, window=samples_per_step),
+                keep=_keep(config, checked),
+                build_batch=_build_batch(config, base_dir=base_dir),
+                trainer=trainer,
+                placement=ColocatedPlacement(engines=processes.engines, trainer=trainer),
+                publisher=publisher,
+                commit=partial(checkpoints.commit, buffer=buffer),
+                evaluate=reporting.evaluate,
+                on_phase=view.phase,
+                on_step=reporting.step,
+            )
+            await run_loop(run, first_step=step + 1, stop=stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """What runs beside the driver."""
+
+    engines: list[RemoteEngine]
+    urls: list[str]
+    token: str
+    trainer: RemoteTrainer
+
+
+@asynccontextmanager
+async def _processes(config: RunConfig, *, base_dir: Path) -> AsyncIterator[Processes]:
+    """Start engines and trainer side by side, and end them, in this order, whatever happens between."""
+    profile = config.profile
+    token = secrets.token_hex(16)
+    logs = (config.run_dir / "logs").resolve()
+    spec = WorkerSpec(
+        model_path=str(config.model.path),
+        profile=profile,
+        trainer=config.trainer,
+        num_steps=config.num_steps,
+        seed=config.seed,
+        base_dir=str(base_dir),
+    )
+    async with AsyncExitStack() as stack:
+        cluster = Cluster(address=profile.placement.ray_address, num_devices=profile.num_devices, device=profile.device)
+        stack.callback(cluster.close)
+        engines = spawn_engines(cluster, config, log_dir=logs, token=token)
+        for engine in engines:
+            stack.push_async_callback(engine.close)
+        async with asyncio.TaskGroup() as starts:
+            urls = [starts.create_task(engine.start()) for engine in engines]
+            trainer = starts.create_task(spawn_trainer(cluster, spec, profile=profile))
+        stack.push_async_callback(trainer.result().close)
+        yield Processes(engines=engines, urls=[url.result() for url in urls], token=token, trainer=trainer.result())
+
+
+def _keep(config: RunConfig, checked: Checked) -> Callable[[Group], str]:
+    """Why a graded group is not trained; "" for one that is."""
+    if checked.keep:
+        hook = checked.keep
+
+        def choose(group: Group) -> str:
+            with boundary(HookError, f"buffer.filter {config.buffer.filter}"):
+                return hook(group)
+
+    else:
+        choose = informative if config.buffer.filter == "informative" else keep_all
+    return lambda group: no_verdicts(group) or choose(group)
+
+
+def _build_batch(config: RunConfig, *, base_dir: Path) -> BuildBatch:
+    options = config.trainer.advantage
+    if options.fn:
+        advantages = load_hook(options.fn, base_dir=base_dir, what="trainer.advantage.fn", arguments=["groups"])
+    else:
+        advantages = make_advantage(options)
+    return partial(
+        build_batch,
+        advantages=advantages,
+        aggregation=config.trainer.loss.aggregation,
+        updates_per_step=config.trainer.updates_per_step,
+        num_ranks=config.profile.trainer.num_ranks,
+        tokens_per_microbatch=config.profile.trainer.tokens_per_microbatch,
+        constant_tokens=config.rollout.max_response_tokens,
+    )
+
+
+@contextmanager
+def _stop_on_signals(view: RunView) -> Iterator[asyncio.Event]:
+    """The first SIGINT or SIGTERM sets the event; the second ends the process, and with it all it started, at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked() -> None:
+        if stop.is_set():
+            os._exit(FORCED_EXIT)
+        stop.set()
+        view.warn("stopping: committing what is trained; once more to leave at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,95 @@
+"""`slime sft`: supervised fine-tuning with the trainer that RL uses."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from buffer.dataset import read_sft_rows
+from rollout.tokenizer import Tokenizer
+from slime.cluster import Cluster
+from slime.config import SftRunConfig, TrainerConfig
+from slime.errors import DataError
+from slime.launch import spawn_trainer
+from trainer.hf_config import read_model_config
+from trainer.sft import SftRow, build_sft_batch
+from trainer.worker import WorkerSpec
+
+
+def run_sft(config: SftRunConfig) -> None:
+    """Fine-tune and write a Hugging Face directory.
+
+    Raises:
+        SlimeError: what is wrong with the model, the data or the run.
+    """
+    read_model_config(config.model.path)
+    rows = _tokenize(config)
+    asyncio.run(_fine_tune(config, rows))
+
+
+def _tokenize(config: SftRunConfig) -> list[SftRow]:
+    tokenizer = Tokenizer(str(config.model.path))
+    end = [tokenizer.eos_token_ids[0]]
+    rows = [
+        SftRow(prompt_tokens=tokenizer.encode_prompt(row.prompt), response_tokens=tokenizer.encode(row.response) + end)
+        for row in read_sft_rows(config.sft.data)
+    ]
+    fitting = [row for row in rows if len(row.prompt_tokens) + len(row.response_tokens) <= tokenizer.max_length]
+    if not fitting:
+        raise DataError(
+            f"{config.sft.data}: none of its {len(rows)} rows fits the model's context of {tokenizer.max_length} "
+            "tokens.\nShorten the rows, or use a model with a longer context."
+        )
+    return fitting
+
+
+async def _fine_tune(config: SftRunConfig, rows: Sequence[SftRow]) -> None:
+    profile = config.profile
+    spec = WorkerSpec(
+        model_path=str(config.model.path),
+        profile=profile,
+        trainer=TrainerConfig(optimizer=config.sft.optimizer),
+        num_steps=config.sft.num_steps,
+        seed=config.seed,
+        base_dir="",
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    async with AsyncExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns))
+        task = progress.add_task("sft: starting", total=config.sft.num_steps)
+        cluster = Cluster(
+            address=profile.placement.ray_address, num_devices=profile.trainer.num_ranks, device=profile.device
+        )
+        stack.callback(cluster.close)
+        trainer = await spawn_trainer(cluster, spec, profile=profile)
+        stack.push_async_callback(trainer.close)
+        batches = _batches(rows, size=config.sft.batch_size, seed=config.seed)
+        for _, batch in zip(range(config.sft.num_steps), batches, strict=False):
+            metrics = await trainer.sft_step(
+                build_sft_batch(
+                    batch,
+                    num_ranks=profile.trainer.num_ranks,
+                    tokens_per_microbatch=profile.trainer.tokens_per_microbatch,
+                )
+            )
+            progress.update(task, advance=1, description=f"sft: loss {metrics['loss/policy']:.3f}")
+        await trainer.export(str(config.sft.output))
+    progress.console.print(f"sft: {config.sft.num_steps} steps; model in {config.sft.output}", soft_wrap=True)
+
+
+def _batches(rows: Sequence[SftRow], *, size: int, seed: int) -> Iterator[list[SftRow]]:
+    """Batches without end, each epoch in an order of its own; an epoch's last rows open the next batch."""
+    order: list[int] = []
+    epoch = 0
+    while True:
+        while len(order) < size:
+            following = list(range(len(rows)))
+            random.Random(f"{seed}/{epoch}").shuffle(following)
+            order += following
+            epoch += 1
+        yield [rows[index] for index in order[:size]]
+        order = order[size:]

@@ -1,0 +1,179 @@
+"""The loop, with fakes at every seam but the buffer, which is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer.ledger import Ledger
+from buffer.local import LocalBuffer
+from buffer.order import PromptOrder
+from slime.errors import PromptError, RewardError, StopRun
+from slime.grading import keep_all
+from slime.loop import Run, run_loop
+from slime.testing import FakePlacement, FakePublisher, FakeRollout, FakeTrainer
+from slime.types import Group, Lease, Metrics, Score, TrainBatch
+from tests.builders import make_prompt
+
+GROUPS_PER_STEP = 4
+
+
+class Recorder:
+    """Builds a run and remembers what happened in it, in order."""
+
+    def __init__(self, ledger: Ledger, *, num_steps: int = 3) -> None:
+        self.ledger = ledger
+        self.events: list[str] = []
+        self.trained: list[list[Group]] = []
+        self.trainer = FakeTrainer()
+        self.publisher = FakePublisher()
+        self.placement = FakePlacement()
+        prompts = [make_prompt(f"{i:016x}") for i in range(100)]
+        self.buffer = LocalBuffer(
+            ledger, PromptOrder(prompts, seed=0), prompts_per_step=GROUPS_PER_STEP, num_steps=num_steps
+        )
+        self.run = dict(
+            num_steps=num_steps,
+            groups_per_step=GROUPS_PER_STEP,
+            commit_every=2,
+            buffer=self.buffer,
+            rollout=FakeRollout(num_samples=2, version=lambda: self.publisher.versions[-1]),
+            grade=self.grade,
+            keep=keep_all,
+            build_batch=self.build_batch,
+            trainer=self.trainer,
+            placement=self.placement,
+            publisher=self.publisher,
+            commit=self.commit,
+            evaluate=self.evaluate,
+            on_phase=lambda phase: None,
+            on_step=self.on_step,
+        )
+
+    async def start(self, *, stop: asyncio.Event | None = None, **parts: Any) -> None:
+        await asyncio.wait_for(run_loop(Run(**self.run | parts), first_step=1, stop=stop or asyncio.Event()), 20)
+
+    async def grade(self, group: Group) -> Group:
+        for sample in group.samples:
+            sample.verdict = Score(value=float(sample.index))
+        return group
+
+    def build_batch(self, groups: Sequence[Group], *, version: int) -> TrainBatch:
+        self.trained.append(list(groups))
+        return TrainBatch(updates=[], metrics={})
+
+    async def commit(self, step: int) -> None:
+        self.buffer.commit(step, checkpoint=f"step_{step}", state={})
+        self.events.append(f"commit {step}")
+
+    async def evaluate(self, step: int) -> None:
+        self.events.append(f"evaluate {step}")
+
+    def on_step(self, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
+        self.events.append(f"step {step}")
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Iterator[Recorder]:
+    with Ledger(tmp_path) as ledger:
+        yield Recorder(ledger)
+
+
+async def test_a_step_is_trained_committed_published_and_evaluated_in_this_order(recorder: Recorder) -> None:
+    """A commit after the publish could lose a step that engines already answer with."""
+    await recorder.start()
+    assert recorder.events == [
+        "evaluate 0", "evaluate 1", "step 1", "commit 2", "evaluate 2", "step 2", "commit 3", "evaluate 3", "step 3",
+    ]  # fmt: skip
+    assert recorder.publisher.versions == [0, 1, 2, 3], "published before the first rollout and after every step"
+    assert recorder.placement.turns == ["publishing", *["training", "publishing"] * 3]
+
+
+async def test_synchronous_training_sees_only_samples_of_its_own_version(recorder: Recorder) -> None:
+    """max_staleness = 0 must mean on-policy, whatever the timing."""
+    await recorder.start()
+    versions = [{s.oldest_version for group in groups for s in group.samples} for groups in recorder.trained]
+    assert versions == [{0}, {1}, {2}]
+
+
+async def test_a_dropped_group_is_replaced_so_that_every_step_is_full(recorder: Recorder) -> None:
+    """A step with fewer groups trains with a larger weight on each."""
+    seen: list[int] = []
+
+    def keep(group: Group) -> str:
+        seen.append(group.ordinal)
+        return "odd" if group.ordinal % 2 else ""
+
+    await recorder.start(keep=keep)
+    assert [len(groups) for groups in recorder.trained] == [GROUPS_PER_STEP] * 3
+    assert recorder.ledger.drop_reasons() == {"odd": len([o for o in seen if o % 2])}
+    assert recorder.ledger.audit().holds
+
+
+class _RefusesOrdinals(FakeRollout):
+    async def generate(self, lease: Lease) -> Group:
+        if lease.ordinal in (0, 5):
+            raise PromptError("too long", reason="prompt_too_long")
+        return await super().generate(lease)
+
+
+async def test_an_unusable_prompt_is_dropped_on_record_and_the_run_goes_on(recorder: Recorder) -> None:
+    """A prompt longer than the context must cost its place, not the run, and must be counted."""
+    await recorder.start(rollout=_RefusesOrdinals(num_samples=2, version=lambda: recorder.publisher.versions[-1]))
+    assert recorder.ledger.drop_reasons() == {"prompt_too_long": 2}
+    assert [len(groups) for groups in recorder.trained] == [GROUPS_PER_STEP] * 3
+
+
+async def test_groups_are_trained_in_order_of_issue_however_they_finish(recorder: Recorder) -> None:
+    """Order of arrival is noise; a run must be repeatable."""
+
+    class Slow(FakeRollout):
+        async def generate(self, lease: Lease) -> Group:
+            await asyncio.sleep(0.01 * (3 - lease.ordinal % 4))
+            return await super().generate(lease)
+
+    await recorder.start(rollout=Slow(num_samples=2, version=lambda: recorder.publisher.versions[-1]))
+    assert [group.ordinal for groups in recorder.trained for group in groups] == list(range(12))
+
+
+@pytest.mark.parametrize("part", ["grade", "build_batch", "evaluate", "rollout"])
+async def test_a_failure_anywhere_ends_the_run_as_itself(recorder: Recorder, part: str) -> None:
+    """A swallowed worker leaves a run that waits for ever."""
+
+    async def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RewardError("no verdicts")
+
+    def fail_now(*args: Any, **kwargs: Any) -> Any:
+        raise RewardError("no verdicts")
+
+    class Broken:
+        generate = staticmethod(fail)
+
+    broken: dict[str, Any] = {"grade": fail, "build_batch": fail_now, "evaluate": fail, "rollout": Broken()}
+    with pytest.raises(RewardError, match="no verdicts"):
+        await recorder.start(**{part: broken[part]})
+
+
+def _stop_at(stop: asyncio.Event, recorder: Recorder, *, event: str) -> Callable[[int], Any]:
+    async def evaluate(step: int) -> None:
+        await recorder.evaluate(step)
+        if recorder.events[-1] == event:
+            stop.set()
+
+    return evaluate
+
+
+async def test_asked_to_stop_it_commits_what_is_trained_and_leaves(recorder: Recorder) -> None:
+    """Ctrl-C must not cost the steps since the last checkpoint."""
+    stop = asyncio.Event()
+    with pytest.raises(StopRun):
+        await recorder.start(stop=stop, evaluate=_stop_at(stop, recorder, event="evaluate 1"))
+    assert recorder.events[-1] == "commit 1"
+    last = recorder.ledger.last_commit()
+    assert last is not None
+    assert last.step == 1
+    assert recorder.ledger.audit().holds
