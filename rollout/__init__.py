@@ -1,0 +1,1 @@
+"""Prompts in, groups out: SGLang engines, the generation client, tokenisation and rollouts."""

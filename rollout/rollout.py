@@ -1,0 +1,213 @@
+"""One lease in, one group of samples out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rollout.client import Completion, GenerationClient
+from rollout.tokenizer import Tokenizer
+from slime.config import RolloutConfig
+from slime.errors import DataError, HookError, boundary
+from slime.protocols import GenerateHook
+from slime.types import Group, Lease, Prompt, Sample, Status
+
+STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+
+
+class PromptTooLong(DataError):  # noqa: N818  # it is what happened, like StopRun
+    """A prompt and the longest allowed response do not fit into the model's context together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """What a generate hook calls, made for one sample: it continues the sample, however many turns the hook takes."""
+
+    client: GenerationClient
+    tokenizer: Tokenizer
+    max_response_tokens: int
+    """Sampled tokens of the whole sample, over all turns."""
+    seed: int | None
+
+    async def generate(self, sample: Sample, *, max_new_tokens: int | None = None) -> Completion:
+        """Sample one turn from `sample.tokens`, append it, and set the sample's status.
+
+        Raises:
+            PromptTooLong: the turn's prompt leaves no room in the context.
+            EngineError: no engine answered as it should.
+        """
+        left = self.max_response_tokens - sample.num_response_tokens
+        room = self.tokenizer.max_length - len(sample.tokens)
+        limit = min(left, room, max_new_tokens or left)
+        if limit < 1:
+            raise PromptTooLong(
+                f"prompt {sample.prompt_uid}: after {len(sample.tokens)} tokens nothing is left of the "
+                f"{self.max_response_tokens} response tokens or of the context's {self.tokenizer.max_length}. Take fewer "
+                "turns, or raise rollout.max_response_tokens"
+            )
+        (completion,) = await self.client.generate(
+            sample.tokens,
+            max_new_tokens=limit,
+            temperature=sample.temperature,
+            seeds=None if self.seed is None else [self.seed],
+            stop_token_ids=self.tokenizer.eos_token_ids,
+        )
+        append(sample, completion)
+        return completion
+
+
+class Rollout:
+    """Turns leases into groups.
+
+    Args:
+        client: to the engines.
+        tokenizer: of the model they serve.
+        config: the run's rollout table.
+        seed: the run's.
+        deterministic: sample from seeds that depend on (run seed, prompt, epoch, sample index) alone, so that another
+            attempt gives the same tokens. Needs engines in deterministic mode.
+        generate: fills one sample; by default a single turn, all samples of a group in one request.
+    """
+
+    def __init__(
+        self,
+        client: GenerationClient,
+        tokenizer: Tokenizer,
+        *,
+        config: RolloutConfig,
+        seed: int,
+        deterministic: bool,
+        generate: GenerateHook | None = None,
+    ) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._config = config
+        self._seed = seed
+        self._deterministic = deterministic
+        self._hook = generate
+
+    async def generate(self, lease: Lease) -> Group:
+        """Roll out the leased prompt.
+
+        Raises:
+            PromptTooLong: it does not fit into the context; the lease yields nothing.
+            HookError: the user's generate hook failed.
+            EngineError: no engine answered as it should.
+        """
+        samples = await self._samples(
+            lease.prompt,
+            num_samples=self._config.samples_per_prompt,
+            temperature=self._config.temperature,
+            salt=f"epoch {lease.epoch}",
+            rollout_prefix=f"{lease.prompt.uid}:{lease.ordinal}:{lease.attempt}",
+        )
+        return Group(
+            prompt=lease.prompt, ordinal=lease.ordinal, epoch=lease.epoch, attempt=lease.attempt, samples=samples
+        )
+
+    async def sample(
+        self, prompt: Prompt, *, num_samples: int, temperature: float, seed_salt: str = "eval"
+    ) -> list[Sample]:
+        """Samples outside training: for evaluation.
+
+        Raises:
+            PromptTooLong, HookError, EngineError: as `generate`.
+        """
+        return await self._samples(
+            prompt,
+            num_samples=num_samples,
+            temperature=temperature,
+            salt=seed_salt,
+            rollout_prefix=f"{prompt.uid}:{seed_salt}",
+        )
+
+    async def _samples(
+        self, prompt: Prompt, *, num_samples: int, temperature: float, salt: str, rollout_prefix: str
+    ) -> list[Sample]:
+        samples = [
+            Sample(prompt_uid=prompt.uid, index=i, rollout_id=f"{rollout_prefix}:{i}", temperature=temperature)
+            for i in range(num_samples)
+        ]
+        seeds = (
+            [sample_seed(self._seed, prompt.uid, salt=salt, index=i) for i in range(num_samples)]
+            if self._deterministic
+            else None
+        )
+        if self._hook is None:
+            await self._one_turn(prompt, samples, seeds=seeds)
+        else:
+            await self._run_hook(self._hook, prompt, samples, seeds=seeds)
+        return samples
+
+    async def _one_turn(self, prompt: Prompt, samples: list[Sample], *, seeds: Sequence[int] | None) -> None:
+        tokens = self._tokenizer.encode_prompt(prompt)
+        self._require_room(prompt, len(tokens))
+        completions = await self._client.generate(
+            tokens,
+            max_new_tokens=self._config.max_response_tokens,
+            temperature=samples[0].temperature,
+            num_samples=len(samples),
+            seeds=seeds,
+            stop_token_ids=self._tokenizer.eos_token_ids,
+        )
+        for sample, completion in zip(samples, completions, strict=True):
+            sample.append(tokens)
+            append(sample, completion)
+            sample.response = self._tokenizer.decode(completion.tokens)
+
+    async def _run_hook(
+        self, hook: GenerateHook, prompt: Prompt, samples: list[Sample], *, seeds: Sequence[int] | None
+    ) -> None:
+        async def fill(sample: Sample) -> None:
+            turns = Turns(
+                client=self._client,
+                tokenizer=self._tokenizer,
+                max_response_tokens=self._config.max_response_tokens,
+                seed=None if seeds is None else seeds[sample.index],
+            )
+            with boundary(HookError, f"rollout.generate = {self._config.generate!r}"):
+                await hook(prompt, sample, turns)
+            self._finish(sample)
+
+        await asyncio.gather(*(fill(sample) for sample in samples))
+
+    def _finish(self, sample: Sample) -> None:
+        if not len(sample.tokens) == len(sample.loss_mask) == len(sample.rollout_logprobs):
+            raise HookError(
+                f"rollout.generate = {self._config.generate!r} left {len(sample.tokens)} tokens, "
+                f"{len(sample.loss_mask)} loss_mask and {len(sample.rollout_logprobs)} rollout_logprobs: grow them with "
+                "sample.append only, or with client.generate"
+            )
+        if sample.num_response_tokens == 0:
+            raise HookError(
+                f"rollout.generate = {self._config.generate!r} sampled nothing: await client.generate(sample) at least "
+                "once, or drop the prompt with buffer.filter"
+            )
+        if not sample.response:
+            sampled = [token for token, mask in zip(sample.tokens, sample.loss_mask, strict=True) if mask]
+            sample.response = self._tokenizer.decode(sampled)
+
+    def _require_room(self, prompt: Prompt, num_prompt_tokens: int) -> None:
+        limit = self._config.max_response_tokens
+        if num_prompt_tokens + limit > self._tokenizer.max_length:
+            raise PromptTooLong(
+                f"prompt {prompt.uid} has {num_prompt_tokens} tokens; with rollout.max_response_tokens = {limit} that is "
+                f"more than the model's context of {self._tokenizer.max_length}. Shorten the prompt, or lower "
+                "rollout.max_response_tokens"
+            )
+
+
+def append(sample: Sample, completion: Completion) -> None:
+    """Add a completion to `sample`, one span a weight version, and take over its status."""
+    for span in completion.version_spans:
+        part = slice(span.start, span.end)
+        sample.append(completion.tokens[part], logprobs=completion.logprobs[part], version=span.version)
+    sample.status = STATUS[completion.finish_reason]
+
+
+def sample_seed(run_seed: int, prompt_uid: str, *, salt: str, index: int) -> int:
+    """31 bits that depend on nothing but these four values, on every machine and in every Python process."""
+    digest = hashlib.blake2b(f"{run_seed}\0{prompt_uid}\0{salt}\0{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
