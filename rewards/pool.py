@@ -53,6 +53,7 @@ class RewardPool:
         log_path: file that gets what the functions print; None drops it.
         memory_limit_bytes: see MEMORY_LIMIT_BYTES.
         max_growth_bytes: see MAX_GROWTH_BYTES.
+        start_timeout_s: deadline for a worker to import the function's file.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class RewardPool:
         log_path: Path | None = None,
         memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
         max_growth_bytes: int = MAX_GROWTH_BYTES,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._config = config
         self._spec = WorkerSpec(
             fn=config.fn,
             base_dir=base_dir,
-            start_timeout_s=START_TIMEOUT_S,
+            start_timeout_s=start_timeout_s,
             memory_limit_bytes=memory_limit_bytes,
         )
         self._log_path = log_path
@@ -221,7 +223,7 @@ def _failure(lanes: asyncio.Task[None]) -> BaseException:
     return error or RewardError("the reward pool has no workers left")
 
 
-def check_reward(config: RewardConfig, base_dir: Path) -> None:
+def check_reward(config: RewardConfig, base_dir: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> None:
     """Load the reward function in a worker of its own and end it again: before anything heavy starts.
 
     Not to be called from a running event loop; ``async with RewardPool(...)`` makes the same check there.
@@ -232,7 +234,8 @@ def check_reward(config: RewardConfig, base_dir: Path) -> None:
     """
 
     async def start_and_close() -> None:
-        async with RewardPool(config.model_copy(update={"num_workers": 1}), base_dir=base_dir):
+        one = config.model_copy(update={"num_workers": 1})
+        async with RewardPool(one, base_dir=base_dir, start_timeout_s=start_timeout_s):
             pass
 
     asyncio.run(start_and_close())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -120,16 +121,19 @@ def _existing(place: str, base_dir: Path, where: str) -> Path:
 
 def _load_file(path: Path, where: str) -> ModuleType:
     # The name carries path and content: two hooks of one file share its module, and an edited file is loaded anew.
-    name = f"_slime_hook_{hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:16]}"
+    source = path.read_bytes()
+    name = f"_slime_hook_{hashlib.sha256(bytes(path) + source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise HookError(f"{where}: {path.name} is not Python source.\nName a file that ends in .py, or a module.")
-    module = importlib.util.module_from_spec(spec)
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, loader, origin=str(path)))
+    module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up there while it is being executed
     try:
-        spec.loader.exec_module(module)
+        # Not loader.exec_module: its bytecode cache can be older than a file that was edited within the same second.
+        exec(loader.source_to_code(source, str(path)), vars(module))
     except (Exception, SystemExit) as cause:
         del sys.modules[name]
         raise _import_error(cause, str(path), where) from cause
