@@ -3,7 +3,7 @@
 T positions, V vocabulary entries. With z = logits / temperature and p = softmax(z):
 
     logprob_t = z[t, target_t] - logsumexp(z_t)      d logprob_t / dz = onehot(target_t) - p_t
-    entropy_t = logsumexp(z_t) - p_t · z_t           d entropy_t / dz = -p_t (log p_t + entropy_t)
+    entropy_t = -p_t · log p_t                       d entropy_t / dz = -p_t (log p_t + entropy_t)
 
 Both passes go over the logits in chunks of rows in fp32, and the backward pass computes p again: kept between the two
 are the logits themselves and two numbers a position.
@@ -42,10 +42,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs_T, entropy_T, logsumexp_T = logits_TV.new_empty(3, num_tokens, dtype=torch.float32).unbind()
         for rows in _chunks(logits_TV):
             z_CV = _scaled(logits_TV[rows], temperatures_T[rows])
-            logsumexp_C = logsumexp_T[rows] = torch.logsumexp(z_CV, dim=-1)
-            logprobs_T[rows] = z_CV.gather(1, targets_T[rows, None]).squeeze(1) - logsumexp_C
-            p_CV = (z_CV - logsumexp_C[:, None]).exp_()
-            entropy_T[rows] = logsumexp_C - torch.linalg.vecdot(p_CV, z_CV)
+            logsumexp_T[rows] = torch.logsumexp(z_CV, dim=-1)
+            logp_CV = z_CV.sub_(logsumexp_T[rows, None])
+            logprobs_T[rows] = logp_CV.gather(1, targets_T[rows, None]).squeeze(1)
+            entropy_T[rows] = -torch.linalg.vecdot(logp_CV.exp(), logp_CV)
         ctx.save_for_backward(logits_TV, targets_T, temperatures_T, logsumexp_T, entropy_T)
         ctx.set_materialize_grads(False)
         return logprobs_T, entropy_T
