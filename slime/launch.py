@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.worker import TrainWorker, WorkerSpec
-
 from rollout.engine import SGLangEngine
 from slime.cluster import Cluster
-from slime.config import Profile, RunConfig
+from slime.config import OptimizerConfig, Profile, RunConfig, TrainerConfig
 from slime.errors import EngineError, TrainerError
 from slime.remote import RemoteEngine, RemoteTrainer
+from trainer.worker import TrainWorker, WorkerSpec
 
 
 def spawn_engines(cluster: Cluster, config: RunConfig, *, log_dir: Path, token: str) -> list[RemoteEngine]:
@@ -57,6 +56,35 @@ async def spawn_trainer(cluster: Cluster, spec: WorkerSpec, *, profile: Profile)
     trainer = RemoteTrainer(ranks, step_timeout_s=profile.trainer.step_timeout_s)
     await trainer.start()
     return trainer
+
+
+def worker_spec(
+    model_path: Path,
+    *,
+    profile: Profile,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    seed: int,
+    trainer: TrainerConfig | None = None,
+    base_dir: Path = Path(),
+) -> WorkerSpec:
+    """What training ranks are told; without a `trainer` they fine-tune."""
+    trainer = trainer or TrainerConfig()
+    return WorkerSpec(
+        model_path=model_path,
+        optimizer=optimizer,
+        num_updates=num_steps * trainer.updates_per_step,
+        updates_per_step=trainer.updates_per_step,
+        loss=trainer.loss.fn or trainer.loss,
+        base_dir=base_dir,
+        precision=profile.trainer.precision,
+        recompute=profile.trainer.recompute,
+        megatron=profile.trainer.megatron,
+        device=profile.device,
+        num_threads=profile.threads_per_process,
+        seed=seed,
+        distributed_timeout_s=profile.trainer.distributed_timeout_s,
+    )
 
 
 def _env(profile: Profile) -> dict[str, str]:

@@ -32,10 +32,11 @@ class ColocatedPlacement:
 
     @asynccontextmanager
     async def publishing(self) -> AsyncIterator[None]:
-        """Engines hold (old) weights and are paused inside, and generate afterwards.
+        """Engines hold weights, old ones, and are paused inside; they generate afterwards.
 
         An error inside leaves them paused: an engine with half an update must not answer.
         """
+        await asyncio.gather(*(engine.pause() for engine in self._engines))
         await asyncio.gather(*(engine.onload(what="weights") for engine in self._engines))
         yield
         await self._trainer.offload()

@@ -15,22 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rollout.client import GenerationClient
-from rollout.rollout import Rollout
-from rollout.tokenizer import Tokenizer
-from trainer.worker import WorkerSpec
-
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.lock import RunLock
 from rewards.pool import RewardPool
+from rollout.client import GenerationClient
+from rollout.rollout import Rollout
+from rollout.tokenizer import Tokenizer
 from slime.checkpoints import Checkpoints
 from slime.cluster import Cluster
 from slime.config import RunConfig
 from slime.errors import HookError, boundary
 from slime.grading import Grader, informative, keep_all, no_verdicts
 from slime.hooks import load_hook
-from slime.launch import spawn_engines, spawn_trainer
+from slime.launch import spawn_engines, spawn_trainer, worker_spec
 from slime.loop import BuildBatch, Run, run_loop, unless
 from slime.metrics import MetricsLog
 from slime.placement import ColocatedPlacement
@@ -145,13 +143,14 @@ async def _processes(config: RunConfig, *, base_dir: Path) -> AsyncIterator[Proc
     profile = config.profile
     token = secrets.token_hex(16)
     logs = (config.run_dir / "logs").resolve()
-    spec = WorkerSpec(
-        model_path=str(config.model.path),
+    spec = worker_spec(
+        config.model.path,
         profile=profile,
-        trainer=config.trainer,
+        optimizer=config.trainer.optimizer,
         num_steps=config.num_steps,
         seed=config.seed,
-        base_dir=str(base_dir),
+        trainer=config.trainer,
+        base_dir=base_dir,
     )
     async with AsyncExitStack() as stack:
         cluster = Cluster(address=profile.placement.ray_address, num_devices=profile.num_devices, device=profile.device)

@@ -12,12 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from buffer.dataset import read_sft_rows
 from rollout.tokenizer import Tokenizer
 from slime.cluster import Cluster
-from slime.config import SftRunConfig, TrainerConfig
+from slime.config import SftRunConfig
 from slime.errors import DataError
-from slime.launch import spawn_trainer
+from slime.launch import spawn_trainer, worker_spec
 from trainer.hf_config import read_model_config
 from trainer.sft import SftRow, build_sft_batch
-from trainer.worker import WorkerSpec
 
 
 def run_sft(config: SftRunConfig) -> None:
@@ -49,13 +48,12 @@ def _tokenize(config: SftRunConfig) -> list[SftRow]:
 
 async def _fine_tune(config: SftRunConfig, rows: Sequence[SftRow]) -> None:
     profile = config.profile
-    spec = WorkerSpec(
-        model_path=str(config.model.path),
+    spec = worker_spec(
+        config.model.path,
         profile=profile,
-        trainer=TrainerConfig(optimizer=config.sft.optimizer),
+        optimizer=config.sft.optimizer,
         num_steps=config.sft.num_steps,
         seed=config.seed,
-        base_dir="",
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     async with AsyncExitStack() as stack:
@@ -76,7 +74,7 @@ async def _fine_tune(config: SftRunConfig, rows: Sequence[SftRow]) -> None:
                     tokens_per_microbatch=profile.trainer.tokens_per_microbatch,
                 )
             )
-            progress.update(task, advance=1, description=f"sft: loss {metrics['loss/policy']:.3f}")
+            progress.update(task, advance=1, description=f"sft: loss {metrics['loss/sft']:.3f}")
         await trainer.export(str(config.sft.output))
     progress.console.print(f"sft: {config.sft.num_steps} steps; model in {config.sft.output}", soft_wrap=True)
 
