@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
+import secrets
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -43,7 +45,8 @@ class Actor:
         except RayTaskError as failure:
             if isinstance(failure.cause, SlimeError):
                 raise failure.cause from None
-            raise self._error(f"{self._name}, {method}:\n{failure}") from None
+            trace = re.sub(r"\x1b\[\d+m", "", str(failure))
+            raise self._error(f"{self._name}, {method}:\n{trace}") from None
         except RayActorError as failure:
             raise self._error(f"{self._name} died during {method}: {failure}") from None
         except TimeoutError:
@@ -129,11 +132,14 @@ class Cluster:
 def _connect(address: str | None, *, num_devices: int) -> Any:
     """Start or join Ray, and return the module.
 
-    Ray reads the switch that keeps a cluster on the loopback interface when it is imported; by its name it is for other
-    systems, on Linux it makes a node's address 127.0.0.1. So Ray is imported here, after it is set.
+    A cluster of our own stays on the loopback interface and wants a token of its own. Ray takes both from the
+    environment when it is imported, so it is imported here. The switch's name speaks of other systems; on Linux it makes
+    the node's address 127.0.0.1, and Ray's services then bind to nothing else.
     """
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}

@@ -106,11 +106,13 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
     async with run.placement.publishing():
         await run.publisher.publish(run.trainer.version)
     run.buffer.published(run.trainer.version)
+    generating_since = time.perf_counter()
     await unless(stop, run.evaluate(run.trainer.version))
     for step in range(first_step, run.num_steps + 1):
         clock = Clock(run.on_phase)
         with clock("generate"):
             groups = await unless(stop, run.buffer.take(run.groups_per_step, step=step))
+        generation_s = time.perf_counter() - generating_since
         batch = run.build_batch(groups, version=run.trainer.version)
         async with run.placement.training():
             with clock("train"):
@@ -122,9 +124,14 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
             async with run.placement.publishing():
                 metrics |= await run.publisher.publish(run.trainer.version)
         run.buffer.published(run.trainer.version)
+        generating_since = time.perf_counter()
         with clock("eval"):
             await unless(stop, run.evaluate(step))
-        run.on_step(step, groups, metrics | clock.metrics())
+        run.on_step(step, groups, metrics | clock.metrics() | {"rollout/tokens_per_s": _tokens(groups) / generation_s})
+
+
+def _tokens(groups: Sequence[Group]) -> int:
+    return sum(sample.num_response_tokens for group in groups for sample in group.samples)
 
 
 async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rollout.rollout import Rollout
-
 from buffer.samples import write_samples
 from rewards.pool import RewardPool
+from rollout.rollout import Rollout
 from slime.config import RunConfig
 from slime.errors import HookError, boundary
 from slime.evaluation import Evaluator
@@ -52,8 +51,7 @@ class Reporting:
     def step(self, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
         """Write the samples and the metrics of a step."""
         write_samples(self._config.run_dir, groups, step=step)
-        num_tokens = sum(sample.num_response_tokens for group in groups for sample in group.samples)
-        metrics = metrics | self._pool.metrics() | {"rollout/tokens_per_s": num_tokens / metrics["time/generate_s"]}
+        metrics = metrics | self._pool.metrics()
         self._log.write(step, metrics)
         self._view.step(step, metrics)
         if self._on_step:
