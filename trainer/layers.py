@@ -14,8 +14,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from trainer import fused
 from trainer.hf_config import HfConfig
-from trainer.packed import PackedRow, pad, unpad
+from trainer.packed import PackedRow, Rotation, pad, unpad
+
+MAX_SHORT_LENGTH = 64
+"""Up to this length a whole matrix of probabilities is faster than flash attention's blocks on a CPU."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -28,11 +32,25 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return fused.rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(torch.nn.Module):
+    """The gated activation of all our families, in the place of TransformerEngine's."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.swiglu(x)
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary angles by the position of each token in its own sequence, for a whole packed row at once."""
+    """Rotary embedding of packed rows: each token turns by its position in its own sequence.
+
+    The row takes cosines and sines along to `PackedAttention`, which turns queries and keys by them: Megatron would
+    compute both again in every layer. Padded batches go Megatron's way.
+    """
 
     inv_freq: Tensor
 
@@ -57,14 +75,15 @@ class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
             return row
         return super().get_rotary_seq_len(inference_context, transformer, transformer_input, transformer_config, row)
 
-    def forward(self, length: int | PackedRow, **options: Any) -> Tensor:
-        """Angles [s, 1, 1, d]."""
+    def forward(self, length: int | PackedRow, **options: Any) -> Tensor | None:
+        """Angles [s, 1, 1, d]; None for a packed row, which then holds them itself."""
         if not isinstance(length, PackedRow):
             angles: Tensor = super().forward(length, **options)
             return angles
         self.inv_freq = self.inv_freq.to(length.positions.device)
-        angles = torch.outer(length.positions.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        half = torch.outer(length.positions.to(self.inv_freq.dtype), self.inv_freq)[:, None]
+        length.rotation = Rotation(cos=half.cos(), sin=half.sin())
+        return None
 
 
 class PackedAttention(torch.nn.Module):
@@ -80,7 +99,7 @@ class PackedAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.scale: float = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
         self,
@@ -95,19 +114,27 @@ class PackedAttention(torch.nn.Module):
         """query [s, b, h, d], key and value [s, b, g, d] → [s, b, h * d]; s is T and b is 1 for a packed row."""
         if packed_seq_params is None:
             return self._attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1).flatten(2)
-        plan = packed_seq_params.plan
-        query, key, value = (pad(x.squeeze(1), plan) for x in (query, key, value))
+        row = packed_seq_params
+        turned = (fused.rotate(x.squeeze(1), row.rotation.cos, row.rotation.sin) for x in (query, key))
+        padded = [pad(x, row.plan) for x in (*turned, value.squeeze(1))]
         outputs, start = [], 0
-        for num_sequences, length in plan.buckets:
+        for num_sequences, length in row.plan.buckets:
             end = start + num_sequences * length
-            bucket = (x[start:end].view(num_sequences, length, *x.shape[1:]) for x in (query, key, value))
-            outputs.append(self._attend(*bucket).flatten(0, 1))
+            outputs.append(self._attend(*(x[start:end].view(num_sequences, length, *x.shape[1:]) for x in padded)))
             start = end
-        output = unpad(torch.cat(outputs), plan)
+        output = unpad(torch.cat([x.flatten(0, 1) for x in outputs]), row.plan)
         return output.flatten(1).unsqueeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[n, L, h, d] and twice [n, L, g, d] → [n, L, h, d]. Causal, so padding at the end needs no mask."""
+        """[n, L, h, d] and twice [n, L, g, d] → [n, L, h, d]. Causal, so padding at the end needs no mask.
+
+        On a CPU in fp32 throughout: flash attention's backward pass in bf16 is several times slower there.
+        """
+        dtype = query.dtype
+        if query.device.type == "cpu":
+            query, key, value = query.float(), key.float(), value.float()
+            if query.shape[1] <= MAX_SHORT_LENGTH:
+                return fused.short_attention(query, key, value, self.scale).to(dtype)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
-        return output.transpose(1, 2)
+        return output.transpose(1, 2).to(dtype)

@@ -24,7 +24,7 @@ from slime.errors import ConfigError, TrainerError
 from trainer import families
 from trainer.hf_config import HfConfig, read_model_config
 from trainer.hf_io import load_weights
-from trainer.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
+from trainer.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm, SwiGLU
 from trainer.megatron_options import KEY, check_megatron_options
 from trainer.packed import PackedRow, make_packed_row
 
@@ -175,6 +175,7 @@ def _megatron_fields(config: HfConfig, precision: Precision, recompute: bool) ->
         # torch.compile kernels: they need a compiler at run time and gain nothing on a CPU.
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
+        "use_te_activation_func": True,  # that is, the spec's activation; without TransformerEngine it is ours
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "calculate_per_token_loss": True,
@@ -189,6 +190,7 @@ def _block_spec(config: TransformerConfig, *, fused: bool) -> Any:
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         if config.qk_layernorm:

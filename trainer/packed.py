@@ -9,7 +9,7 @@ Shapes: T tokens of the row, n sequences of a bucket, L their greatest length, P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,14 @@ class AttentionPlan:
     """int64 [T]: where each token of the row is."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """The rotary embedding of each token, fp32 [T, 1, d/2] both."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 @dataclass(kw_only=True)
 class PackedRow(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a packed row, with what our layers need.
@@ -45,6 +53,8 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]
     positions: Tensor
     """int64 [T]: position of each token in its own sequence."""
     plan: AttentionPlan
+    rotation: Rotation = field(init=False)
+    """Set by the model's rotary embedding when the row comes by, once for all layers."""
 
 
 def make_packed_row(
