@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from slime.errors import CheckpointError
 from trainer.optimizer import separate_step_counts
@@ -27,6 +30,25 @@ SHARDING = {
 }
 
 
+class InProcessSave(torch_dist.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron's format, written by torch's own writer.
+
+    Megatron's forks this process, threads and all, and waits for the children without a deadline; it also leaves a
+    manager process behind where this one is killed.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Write this rank's part; all ranks call it."""
+        renamed, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        state_dict_saver.save(
+            torch_dist.mcore_to_pyt_state_dict(renamed, False),
+            storage_writer=FileSystemWriter(checkpoint_dir),
+            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
 def save_state(
     directory: Path, *, model: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> None:
@@ -37,7 +59,7 @@ def save_state(
     """
     state = _state(model, optimizer, scheduler, loading=False)
     try:
-        dist_checkpointing.save(state, str(directory), ("torch_dist", 1), content_metadata=SHARDING)
+        dist_checkpointing.save(state, str(directory), InProcessSave("torch_dist", 1), content_metadata=SHARDING)
     except (OSError, RuntimeError, CheckpointException) as cause:
         raise CheckpointError(
             f"saving to {directory} failed: {cause}. Free space on that disk, or move the run with run_dir"
