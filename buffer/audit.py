@@ -67,7 +67,8 @@ class Audit:
     """Everything that does not add up, in words; the first hundred."""
 
     @property
-    def is_clean(self) -> bool:
+    def holds(self) -> bool:
+        """Whether everything adds up."""
         return not (self.lost or self.duplicated or self.unaccounted or self.problems)
 
     def __str__(self) -> str:
@@ -84,12 +85,13 @@ class Audit:
         return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
 
 
-def audit_ledger(path: Path) -> Audit:
-    """Audit the ledger at `path`, which a run may be writing meanwhile.
+def audit_run(run_dir: Path) -> Audit:
+    """Audit the ledger of a run, which may be going on meanwhile.
 
     Raises:
         LedgerError: there is no ledger, or it cannot be read.
     """
+    path = run_dir / "ledger.sqlite"
     if not path.is_file():
         raise LedgerError(f"{path}: no such ledger. Name a run directory, or start the run that makes it.")
     try:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from buffer import schema
-from buffer.audit import Audit, audit_ledger
+from buffer.audit import Audit, audit_run
 from buffer.schema import State
 from slime.errors import LedgerError
 
@@ -205,7 +205,7 @@ class Ledger:
 
     def audit(self) -> Audit:
         """Hold every fate against the event log; see `buffer.audit`."""
-        return audit_ledger(self._path)
+        return audit_run(self._path.parent)
 
     def _advance(self, ordinal: int, attempt: int, event: str, *, detail: str = "") -> bool:
         with self._transaction():

@@ -131,6 +131,7 @@ class LocalBuffer:
         Raises:
             StopRun: the buffer was closed.
         """
+        await asyncio.sleep(0)  # a worker that drops one prompt after the other would not let anyone else run
         while not self._has_room():
             await self._change()
         ordinal, attempt = self._waiting[0] if self._waiting else (self._ledger.next_ordinal, 0)

@@ -72,7 +72,7 @@ def iter_samples(run_dir: Path, *, step: int) -> Iterator[dict[str, Any]]:
     path = _path(run_dir, step)
     if not path.is_file():
         steps = written_steps(run_dir)
-        there = f"steps {steps[0]} to {steps[-1]} ({len(steps)} in all)" if steps else "no step yet"
+        there = f"steps {steps[0]} to {steps[-1]} ({len(steps)} in all)" if steps else "no steps yet"
         raise DataError(
             f"{path}: no samples of step {step}. There are {there}. Name one of them, or another run directory."
         )
