@@ -1,4 +1,4 @@
-"""A run as one watches it: a live panel on a terminal, plain single lines anywhere else.
+"""A run as one watches it: a live panel on a terminal, plain single lines anywhere else; and its samples, to be read.
 
 The run calls `phase`, `step`, `evaluated` and `warn`; a thread of rich's redraws the panel meanwhile, so that clocks go
 on while the run waits. It only reads, and what it reads is replaced in one assignment, never changed in place.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from buffer.samples import iter_samples, written_steps
 from slime.text import clock, percentages, printable, series, sparkline, time_shares
 
 PART_COLOURS = {
@@ -190,6 +194,39 @@ class RunView:
         encoding = self._console.encoding
         shown = text.encode(encoding, "backslashreplace").decode(encoding)
         self._console.print(Text(f"[{clock(self._now() - self._began)}] {shown}"), soft_wrap=True)
+
+
+def print_samples(run_dir: Path, *, step: int | None, limit: int, console: Console | None = None) -> None:
+    """Print the first `limit` samples of `step`, by default of the last step, as text.
+
+    Raises:
+        DataError: there are no samples of that step.
+    """
+    console = console or Console()
+    steps = written_steps(run_dir)
+    step = (steps[-1] if steps else 0) if step is None else step
+    for sample in islice(iter_samples(run_dir, step=step), limit):
+        console.print(_sample_text(sample), soft_wrap=True)
+
+
+def _sample_text(sample: Mapping[str, Any]) -> Text:
+    """A line about the sample, then what was asked and what the policy answered."""
+    reward = "no reward" if sample["reward"] is None else f"reward {sample['reward']:g}"
+    about = f"step {sample['step']}  {sample['rollout_id']}  {reward}  {sample['status']}"
+    prompt = sample["prompt"]
+    asked = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return Text.assemble(
+        (printable(about), "bold"),
+        "\n",
+        (_printable_lines(asked), "bright_black"),
+        "\n",
+        _printable_lines(sample["response"]),
+        "\n",
+    )
+
+
+def _printable_lines(text: str) -> str:
+    return "\n".join(printable(line, limit=4000) for line in text.split("\n"))
 
 
 def _names(rows: Sequence[Mapping[str, float]], *, ending: str) -> list[str]:

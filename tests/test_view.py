@@ -2,11 +2,16 @@
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from slime.view import Example, RunView
+from buffer.samples import write_samples
+from slime.errors import DataError
+from slime.types import Abstain
+from slime.view import Example, RunView, print_samples
+from tests.builders import make_group
 
 STEP = {
     "reward/mean": 0.5,
@@ -129,3 +134,31 @@ def test_a_continued_run_with_missing_and_unfinished_numbers_is_shown() -> None:
     out = io.StringIO()
     Console(file=out, width=80).print(view.render())
     assert "step 42/80" in out.getvalue()
+
+
+def test_samples_are_printed_as_text_that_drives_nothing(tmp_path: Path) -> None:
+    """Pins a stored response that clears the screen of whoever reads it, or that is taken for markup."""
+    group = make_group([0.0, 1.0, 0.5], uid="p7")
+    group.samples[0].response = "first line\n[red]second\x1b[2J line"
+    group.samples[1].verdict = Abstain(reason="no answer")
+    write_samples(tmp_path, [group], step=1)
+    write_samples(tmp_path, [group], step=12)
+    out = io.StringIO()
+    print_samples(tmp_path, step=None, limit=2, console=Console(file=out, width=30))
+    assert out.getvalue().splitlines() == [
+        "step 12  p7/0  reward 0  completed",
+        "1 + 2 =",
+        "first line",
+        r"[red]second\x1b[2J line",
+        "",
+        "step 12  p7/1  no reward  completed",
+        "1 + 2 =",
+        "r",
+        "",
+    ]
+
+
+def test_samples_of_a_step_that_was_not_written_are_an_error(tmp_path: Path) -> None:
+    """Pins silence for a misspelt directory or step."""
+    with pytest.raises(DataError, match="no samples of step 0"):
+        print_samples(tmp_path, step=None, limit=1)

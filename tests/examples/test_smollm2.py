@@ -24,13 +24,13 @@ def prepare() -> ModuleType:
 
 def test_problems_are_distinct_sums_with_their_answers(prepare: ModuleType, tmp_path: Path) -> None:
     """Pins labels of other problems, and duplicates that every run would warn of."""
-    prepare.write_data(tmp_path, num_problems=300)
+    prepare.write_data(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     for row in rows:
-        system, user = row["messages"]
-        assert (system["role"], user["role"]) == ("system", "user")
+        *_, user = row["messages"]
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "user"]
         assert eval(user["content"].removesuffix(" =")) == int(row["label"])
-    split = load_split(DataConfig(train=tmp_path / "train.jsonl", held_out=0.1))
+    split = load_split(DataConfig(train=tmp_path / "train.jsonl", held_out=0.2))
     assert split.num_duplicates == 0
     assert len(split.train) + len(split.eval) == len(rows) > 200
 
