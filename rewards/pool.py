@@ -79,6 +79,7 @@ class RewardPool:
         self._source = ""
         self._log = OutputLog()
         self._lanes: asyncio.Task[None] | None = None
+        self._workers: set[WorkerProcess] = set()
         self._meter = CallMeter()
 
     async def start(self) -> None:
@@ -90,13 +91,14 @@ class RewardPool:
         """
         self._log.open(self._log_path)
         first = await self._start_worker()
-        self._lanes = asyncio.create_task(self._run_lanes(first), name="reward pool")
+        self._lanes = asyncio.create_task(self._run_lanes(first), name="reward lanes")
 
     async def close(self) -> None:
         """End all workers and everything they started."""
         if self._lanes is not None:
             self._lanes.cancel()
             await asyncio.wait([self._lanes])
+        await asyncio.gather(*(worker.close() for worker in self._workers))
         self._log.close()
 
     async def __aenter__(self) -> Self:
@@ -118,7 +120,7 @@ class RewardPool:
             raise RewardError(
                 "the reward pool is not running: use `async with RewardPool(...)`, or await start() first"
             )
-        work = asyncio.gather(*(self._grade_one(sample, prompt) for sample in samples))
+        work = asyncio.create_task(self._grade_all(samples, prompt))
         either: list[asyncio.Future[Any]] = [work, self._lanes]
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -131,6 +133,11 @@ class RewardPool:
     def metrics(self) -> Metrics:
         """Counts and latencies of the calls since the last time: ``reward/failures``, ``reward/latency_p99_s``, ..."""
         return self._meter.read()
+
+    async def _grade_all(self, samples: Sequence[Sample], prompt: Prompt) -> list[Verdict]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._grade_one(sample, prompt)) for sample in samples]
+        return [task.result() for task in tasks]
 
     async def _grade_one(self, sample: Sample, prompt: Prompt) -> Verdict:
         if sample.status in (Status.FAILED, Status.ABORTED):
@@ -150,18 +157,15 @@ class RewardPool:
 
     async def _lane(self, worker: WorkerProcess | None) -> None:
         jobs: list[_Job] = []
-        try:
-            while True:
-                if worker is None:
-                    worker = await self._start_worker()
-                jobs = [job for job in jobs or await self._next_jobs() if not job.verdict.done()]
-                jobs, is_usable = await self._serve(worker, jobs)
-                if not is_usable:
-                    await worker.close()
-                    worker = None
-        finally:
-            if worker is not None:
+        while True:
+            if worker is None:
+                worker = await self._start_worker()
+            jobs = [job for job in jobs or await self._next_jobs() if not job.verdict.done()]
+            jobs, is_usable = await self._serve(worker, jobs)
+            if not is_usable:
                 await worker.close()
+                self._workers.discard(worker)
+                worker = None
 
     async def _next_jobs(self) -> list[_Job]:
         jobs = [await self._queue.get()]
@@ -202,8 +206,8 @@ class RewardPool:
 
     async def _start_worker(self) -> WorkerProcess:
         worker = await WorkerProcess.start(self._spec, on_output=self._log.write)
+        self._workers.add(worker)
         if self._source not in ("", worker.source):
-            await worker.close()
             raise RewardError(
                 f'reward.fn = "{self._config.fn}": the file was changed during the run, so this worker would judge by '
                 f"other rules than the others.\nUndo the change and start the same command again to continue; or start "

@@ -89,9 +89,9 @@ class WorkerProcess:
         hook = _hook(spec.fn)
         ours, theirs = socket.socketpair()
         with theirs:
-            process = _popen(spec, hook=hook, channel=theirs)
-        reader, writer = await asyncio.open_connection(sock=ours)
-        worker = cls(process, reader=reader, writer=writer)
+            reader, writer = await asyncio.open_connection(sock=ours)
+            # Nothing is awaited between here and the try: a cancellation would leave the process behind.
+            worker = cls(_popen(spec, hook=hook, channel=theirs), reader=reader, writer=writer)
         worker._draining = asyncio.create_task(worker._drain(on_output), name="reward worker output")
         try:
             await worker._become_ready(spec)
