@@ -133,8 +133,8 @@ def _connect(address: str | None, *, num_devices: int) -> Any:
     """Start or join Ray, and return the module.
 
     A cluster of our own stays on the loopback interface and wants a token of its own. Ray takes both from the
-    environment when it is imported, so it is imported here. The switch's name speaks of other systems; on Linux it makes
-    the node's address 127.0.0.1, and Ray's services then bind to nothing else.
+    environment when it is imported, so it is imported here. The switch's name speaks of other systems; on Linux it
+    makes the node's address 127.0.0.1, and Ray's services then bind to nothing else.
     """
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from slime.config import RunConfig, SftRunConfig
+from slime.config import Profile, RunConfig, SftRunConfig
 from slime.errors import ConfigError
 
 Config = TypeVar("Config", RunConfig, SftRunConfig)
@@ -61,6 +61,15 @@ def load_config(
     except ValidationError as error:
         sources = [*reversed(overrides), where, task]
         raise ConfigError("\n".join(_explain(config, item, sources) for item in error.errors())) from None
+
+
+def load_profile(profile: str | None) -> Profile:
+    """A profile alone, as `load_config` reads it."""
+    source = _profile_source(profile)
+    try:
+        return Profile.model_validate(source.values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(Profile, item, [source]) for item in error.errors())) from None
 
 
 def shipped_profiles() -> list[str]:
