@@ -9,6 +9,7 @@ import asyncio
 import secrets
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,10 @@ def run_bench(what: str, *, model: Path | None) -> None:
     Args:
         model: a Hugging Face directory; by default a random one, tiny but for ``publish`` (126 M parameters).
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
     profile = load_profile(None)
     with tempfile.TemporaryDirectory() as scratch:
         shape = MEDIUM if what == "publish" else TINY
@@ -138,9 +143,8 @@ async def _publish(model: Path, profile: Profile, *, scratch: Path) -> None:
             await engine.close()
     num_bytes = rounds[0][0]
     stage_s, load_s, copy_s = (min(times) for times in list(zip(*rounds, strict=True))[1:])
-    click.echo(
-        f"stage          {stage_s * 1e3:10.1f} ms   {num_bytes / 2**20:,.0f} MiB with a checksum of every tensor"
-    )
+    size = f"{num_bytes / 2**20:,.0f} MiB"
+    click.echo(f"stage          {stage_s * 1e3:10.1f} ms   {size} with a checksum of every tensor")
     click.echo(f"load           {load_s * 1e3:10.1f} ms   pause, verify, load, resume")
     click.echo(f"copy           {copy_s * 1e3:10.1f} ms   a plain write of the same bytes")
     click.echo(f"ratio          {(stage_s + load_s) / copy_s:10.1f}   publish / copy (one copy is the limit: 1.0)")
