@@ -1,7 +1,7 @@
 """What a run measures: one JSON object a step in ``metrics.jsonl``, and the same as TensorBoard files.
 
 Names are ``area/thing[_unit]``: ``reward/mean``, ``eval/held_out/pass@1``, ``time/step_s``. A user's own numbers are
-parts of a Score and logged beside the reward, ``reward/<part>`` and ``eval/<set>/<part>``.
+the parts of a Score, logged as ``reward_part/<part>`` and ``eval/<set>/<part>``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,19 +18,8 @@ from typing import Any
 import orjson
 
 from slime.errors import DataError
-from slime.types import Metrics, Sample, Score
 
 FILE_NAME = "metrics.jsonl"
-
-
-def part_means(samples: Iterable[Sample], *, prefix: str) -> Metrics:
-    """Mean of every named part of the scores, as ``<prefix>/<part>``, over the samples that have the part."""
-    values: defaultdict[str, list[float]] = defaultdict(list)
-    for sample in samples:
-        if isinstance(sample.verdict, Score):
-            for name, value in sample.verdict.parts.items():
-                values[name].append(value)
-    return {f"{prefix}/{name}": sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slime.errors import DataError
-from slime.metrics import MetricsLog, part_means, read
-from slime.types import Abstain, Score
-from tests.builders import make_sample
+from slime.metrics import MetricsLog, read
 
 
 def scalars(run_dir: Path, tag: str) -> dict[int, float]:
@@ -89,12 +87,3 @@ def test_a_run_without_metrics_reads_as_empty(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "run") as log:
         log.truncate(0)
     assert read(tmp_path / "run") == []
-
-
-def test_parts_are_averaged_over_the_samples_that_have_them() -> None:
-    """Pins counting samples without a verdict, or without the part, as zeros."""
-    samples = [make_sample(index=i, reward=1.0) for i in range(4)]
-    samples[0].verdict = Score(value=1.0, parts={"think": 1.0, "format": 0.5})
-    samples[1].verdict = Score(value=0.0, parts={"think": 0.0})
-    samples[2].verdict = Abstain(reason="no answer")
-    assert part_means(samples, prefix="eval/held_out") == {"eval/held_out/think": 0.5, "eval/held_out/format": 0.5}
