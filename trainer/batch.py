@@ -140,14 +140,14 @@ def _checked(values: Advantages, *, groups: Sequence[Group]) -> Advantages:
     got, expected = [len(row) for row in values], [len(group.samples) for group in groups]
     if got != expected:
         raise HookError(
-            f"trainer.advantage returned {got} advantages for groups of {expected} samples: return one list a group "
-            'with one number a sample (0.0 trains nothing), or use the built-in trainer.advantage = { norm = "std" }'
+            f"trainer.advantage.fn returned {got} advantages for groups of {expected} samples: return one list a group "
+            "with one number a sample (0.0 trains nothing), or remove the key to use the built-in one"
         )
     for group, row in zip(groups, values, strict=True):
         if not all(map(math.isfinite, row)):
             raise HookError(
-                f"trainer.advantage returned {row} for group {group.id}: return finite numbers (0.0 trains nothing), "
-                'or use the built-in trainer.advantage = { norm = "std" }'
+                f"trainer.advantage.fn returned {row} for group {group.id}: return finite numbers (0.0 trains "
+                "nothing), or remove the key to use the built-in one"
             )
     return values
 

@@ -62,7 +62,7 @@ def save_state(
         dist_checkpointing.save(state, str(directory), InProcessSave("torch_dist", 1), content_metadata=SHARDING)
     except (OSError, RuntimeError, CheckpointException) as cause:
         raise CheckpointError(
-            f"saving to {directory} failed: {cause}. Free space on that disk, or move the run with run_dir"
+            f"saving to {directory} failed: {_reason(cause)}. Free space on that disk, or move the run with run_dir"
         ) from cause
 
 
@@ -76,16 +76,22 @@ def load_state(
     """
     try:
         state = dist_checkpointing.load(_state(model, optimizer, scheduler, loading=True), str(directory))
-    except Exception as cause:  # Megatron's validation and torch's reader raise too many kinds to list
+    except (Exception, CheckpointException) as cause:  # validation and reading raise too many kinds to list
         raise CheckpointError(
-            f"checkpoint {directory} does not load into this model: {type(cause).__name__}: {cause}. Continue with the "
-            "model and trainer settings it was written with, or start a new run in another run_dir"
+            f"checkpoint {directory} does not load into this model: {_reason(cause)}. Continue with the model and "
+            "trainer settings it was written with, or start a new run in another run_dir"
         ) from cause
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     separate_step_counts(optimizer)
     scheduler.load_state_dict(state["scheduler"])
     _set_random_state(state["random"])
+
+
+def _reason(cause: BaseException) -> str:
+    """One line; torch wraps what failed on each rank in an exception that prints their tracebacks."""
+    first = next(iter(cause.failures.values()))[0] if isinstance(cause, CheckpointException) else cause
+    return f"{type(first).__name__}: {first}"
 
 
 def _state(

@@ -24,7 +24,7 @@ from slime.config import OptimizerConfig
 from slime.errors import HookError, boundary
 from slime.types import Float32, Metrics, MicroBatch
 from trainer.logprobs import token_logprobs
-from trainer.loss import LossFunction, LossInputs
+from trainer.loss import LossFunction, LossInputs, TokenLoss
 from trainer.measure import TOTAL, mismatch, over_trained_tokens, reduce_over_ranks
 from trainer.model import PolicyModel, make_row
 from trainer.optimizer import make_optimizer, make_scheduler, move_optimizer, wrap_data_parallel
@@ -154,19 +154,13 @@ class TrainStep:
         inputs = self._inputs(micro_batch, current_T=logprobs_T.detach())
 
         def reduce(output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            with boundary(HookError, "trainer.loss"):
-                loss_T, measured = loss(output_T, entropy_T, inputs)
-            if loss_T.shape != output_T.shape:
-                raise HookError(
-                    f"trainer.loss returned a loss of shape {list(loss_T.shape)} for log-probs {list(output_T.shape)}: "
-                    "return one loss a position (the weighted sum is taken for you), or use the built-in trainer.loss"
-                )
+            loss_T, measured = _token_loss(loss, output_T, entropy_T, inputs)
             if compare_with_rollout:
                 measured = {**measured, **mismatch(inputs.old_logprobs, inputs.rollout_logprobs)}
             total = (inputs.weights * loss_T).sum()
             num_tokens = torch.zeros(
                 (), dtype=torch.int, device=total.device
-            )  # counted and then ignored: see optimizer
+            )  # summed, then ignored: `sum_model_grads`
             return total, num_tokens, over_trained_tokens(measured, weights_T=inputs.weights, loss=total)
 
         return logprobs_T, reduce
@@ -194,3 +188,15 @@ class TrainStep:
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         # Copied: arrays out of Ray's object store are read-only, and torch's tensors cannot be.
         return torch.from_numpy(np.array(array)).to(self._device, non_blocking=True)
+
+
+def _token_loss(loss: LossFunction, logprobs_T: Tensor, entropy_T: Tensor, inputs: LossInputs) -> TokenLoss:
+    """Call the loss, which may be a user's, and see that it answers with one loss a position."""
+    with boundary(HookError, "trainer.loss.fn"):
+        loss_T, measured = loss(logprobs_T, entropy_T, inputs)
+    if loss_T.shape != logprobs_T.shape:
+        raise HookError(
+            f"trainer.loss.fn returned a loss of shape {list(loss_T.shape)}, expected {list(logprobs_T.shape)}: return "
+            "one loss a position (the weighted sum is taken for you), or remove the key to use the built-in loss"
+        )
+    return loss_T, measured

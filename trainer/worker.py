@@ -155,7 +155,7 @@ def _load_loss(spec: WorkerSpec) -> LossFunction:
     if isinstance(spec.loss, LossConfig):
         return make_loss(spec.loss)
     arguments = ("logprobs", "entropy", "inputs")
-    hook: LossFunction = load_hook(spec.loss, base_dir=spec.base_dir, what="trainer.loss", arguments=arguments)
+    hook: LossFunction = load_hook(spec.loss, base_dir=spec.base_dir, what="trainer.loss.fn", arguments=arguments)
     return hook
 
 

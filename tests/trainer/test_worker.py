@@ -15,7 +15,7 @@ from slime.errors import CheckpointError, HookError
 from slime.types import Group, TrainBatch
 from slime.weights import read_manifest
 from tests.builders import make_group, make_model, make_sample
-from tests.trainer.ranks import Ranks, gradients, optimizer_state, weights, with_old_logprobs
+from tests.trainer.ranks import Ranks, gradients, optimizer_state, save_to_a_full_disk, weights, with_old_logprobs
 from trainer.advantage import group_advantages
 from trainer.batch import build_batch
 from trainer.sft import SftRow, build_sft_batch
@@ -236,6 +236,16 @@ def test_a_directory_that_is_no_checkpoint_is_an_error_with_a_name(ranks: Ranks,
     ranks.start(fp32(model))
     with pytest.raises(CheckpointError, match="does not load"):
         ranks.call(TrainWorker.load, str(tmp_path))
+
+
+def test_a_save_that_fails_is_an_error_with_a_name_and_training_goes_on(
+    ranks: Ranks, model: Path, tmp_path: Path
+) -> None:
+    """Pins torch's CheckpointException, which is no Exception and would end the process without a word."""
+    ranks.start(fp32(model))
+    with pytest.raises(CheckpointError, match=r"saving to .* failed: .*Free space"):
+        ranks.call(save_to_a_full_disk, str(tmp_path))
+    assert step(ranks, batch())["loss/skipped_updates"] == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
