@@ -1,8 +1,9 @@
 """Built-in reward "math": 1.0 if the response's answer is mathematically equal to the label, else 0.0.
 
 math-verify extracts and compares: numbers, fractions, roots, sets, intervals, tuples, matrices, equations; in LaTeX in
-``\\boxed{}`` or ``$...$``, or a plain number. Only the end of the response is read, after the last ``</think>``. A
-response without an answer that parses is 0.0; a label that does not parse is a mistake in the data, and raises.
+``\\boxed{}`` or ``$...$``, or a plain number. Only the end of the response, after the last ``</think>``, is read. The
+last box counts, but boxes less than 70 characters apart are one answer of several parts: ``\\boxed{1}, \\boxed{2}`` is
+not 2. A response without an answer that parses is 0.0; a label that does not parse is a mistake in the data and raises.
 
 The parser builds sympy expressions from a grammar. Where it falls back to Python's own (plain arithmetic), the text has
 been matched to digits and operators, so nothing that a model wrote is executed. It can still cost any time
@@ -19,7 +20,7 @@ from typing import Any
 import math_verify
 
 MAX_CHARACTERS = 4000
-"""The final answer stands at the end; extraction takes time quadratic in the length of hostile text."""
+"""The final answer stands at the end, and hostile text costs quadratic time: 16 000 characters of ``\\(`` take 19 s."""
 ENVIRONMENTS = ("$", "\\(", "\\[", "\\boxed")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every start that its alarms are off
@@ -29,8 +30,10 @@ def score(response: str, label: Any) -> float:
     """1.0 or 0.0.
 
     Raises:
-        ValueError: the label holds nothing that math-verify can parse.
+        ValueError: the label is missing, or holds nothing that math-verify can parse.
     """
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise ValueError(f"the label {label!r} is no mathematics: it has to be text or a number")
     wanted = _parsed_label(str(label))
     text = response.rpartition("</think>")[2][-MAX_CHARACTERS:]
     answer = math_verify.parse(text, parsing_timeout=None)

@@ -16,8 +16,10 @@ class OutputLog:
         self._left_bytes = MAX_LOG_BYTES
 
     def open(self, path: Path | None) -> None:
-        """Append to `path` from now on."""
-        self._file = path.open("ab", buffering=0) if path else None
+        """Append to `path` from now on; its folder is made."""
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
 
     def write(self, data: bytes) -> None:
         """Append `data`, or what still fits of it and a last line that says so."""

@@ -90,7 +90,11 @@ class RewardPool:
             RewardError: the file hangs, or ends the process, while it is imported.
         """
         self._log.open(self._log_path)
-        first = await self._start_worker()
+        try:
+            first = await self._start_worker()
+        except BaseException:
+            self._log.close()
+            raise
         self._lanes = asyncio.create_task(self._run_lanes(first), name="reward lanes")
 
     async def close(self) -> None:

@@ -209,14 +209,12 @@ def _hook(fn: str) -> str:
 
 
 def _popen(spec: WorkerSpec, *, hook: str, channel: socket.socket) -> subprocess.Popen[bytes]:
-    # The worker imports the slime that the pool is part of, installed or not.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     arguments = [str(channel.fileno()), hook, str(spec.base_dir.resolve()), str(spec.memory_limit_bytes)]
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "rewards.worker", *arguments],
+        [sys.executable, "-P", "-m", "rewards.worker", *arguments],  # -P: import nothing from the working directory
         cwd=spec.base_dir,
         # One thread each: the workers share the machine with what trains and generates.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

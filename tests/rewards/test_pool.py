@@ -164,7 +164,7 @@ async def test_a_worker_that_grows_is_replaced() -> None:
 
 async def test_output_goes_to_the_log_and_is_bounded(tmp_path: Path) -> None:
     """Pins: a print of 100 MB that blocks the worker, fills the disk or garbles the verdicts."""
-    log = tmp_path / "rewards.log"
+    log = tmp_path / "logs" / "rewards.log"
     async with RewardPool(config(), base_dir=HERE, log_path=log) as pool:
         verdicts = await grade_by_label(pool, "prints", "good")
     assert verdicts[0] == Score(value=1.0)
