@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -114,10 +114,13 @@ def _check_tied_head(head: Tensor, embedding: Tensor, config: HfConfig) -> None:
         )
 
 
-def write_hf_directory(path: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Path) -> None:
+def write_hf_directory(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write a Hugging Face directory with `tensors`, and with config, tokenizer and the like copied from `source`.
 
-    The directory appears whole or not at all: it is written beside `path` and renamed.
+    The directory appears whole or not at all: it is written beside `path` and renamed. Weights go into files of at
+    most `shard_bytes`, or one tensor each.
 
     Raises:
         ModelError: `path` exists, or the disk refuses.
@@ -129,17 +132,19 @@ def write_hf_directory(path: Path, tensors: Iterable[tuple[str, Tensor]], *, sou
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        dtype = _write_shards(partial, tensors)
+        dtype = _write_shards(partial, tensors, shard_bytes=shard_bytes)
         _copy_companions(Path(source), partial, dtype=dtype)
-        _sync(partial)
+        _sync([*partial.iterdir(), partial])
         partial.rename(path)
-    except OSError as cause:
-        shutil.rmtree(partial, ignore_errors=True)
+        _sync([path.parent])
+    except (OSError, SafetensorError) as cause:
         raise ModelError(f"{path} could not be written: {cause}. Free some space, or export elsewhere.") from cause
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    """Write weights in files of at most SHARD_BYTES, with an index if there are several; returns their dtype."""
+def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> torch.dtype:
+    """Write the weights, with an index if they take several files; returns their dtype."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     num_bytes = total_bytes = 0
@@ -153,7 +158,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> tor
         num_bytes = 0
 
     for name, tensor in tensors:
-        if pending and num_bytes + tensor.nbytes > SHARD_BYTES:
+        if pending and num_bytes + tensor.nbytes > shard_bytes:
             flush()
         # A copy, because safetensors refuses tensors that share memory and a tied head does.
         pending[name] = tensor.to("cpu", copy=True).contiguous()
@@ -189,9 +194,9 @@ def _copy_companions(source: Path, directory: Path, *, dtype: torch.dtype) -> No
         (directory / "config.json").write_text(json.dumps(config | {key: name}, indent=2) + "\n", encoding="utf-8")
 
 
-def _sync(directory: Path) -> None:
-    """Have the files on the disk before the rename makes them visible."""
-    for path in [*directory.iterdir(), directory]:
+def _sync(paths: Iterable[Path]) -> None:
+    """Wait until files and directories are on the disk."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

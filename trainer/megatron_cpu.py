@@ -15,6 +15,7 @@ import importlib.machinery
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import CodeType, ModuleType
 from typing import Any
@@ -90,7 +91,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
             logging.getLogger(module.__name__).addFilter(_drop_rng_warning)
         if name := _USED_UNDEFINED.get(module.__name__):
             setattr(module, name, None)
-        super().exec_module(module)
+        with warnings.catch_warnings():
+            # That Apex and TransformerEngine are missing goes without saying where there is no CUDA.
+            warnings.simplefilter("ignore")
+            super().exec_module(module)
 
 
 class _CudaToCpu(ast.NodeTransformer):

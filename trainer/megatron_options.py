@@ -1,4 +1,4 @@
-"""Check the `megatron` table of a profile against the installed megatron-core, without importing it."""
+"""Check the `trainer.megatron` table of a profile against the installed megatron-core, without importing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from slime.errors import ConfigError
 
-KEY = "profile.ranks.megatron"
+KEY = "profile.trainer.megatron"
 
 FROM_MODEL = frozenset(
     {
@@ -55,10 +55,10 @@ def check_megatron_options(options: Mapping[str, Any]) -> None:
         if name in FROM_MODEL:
             raise ConfigError(f"{where}: the model directory decides this. Remove it, or use another model.")
         if name in FROM_PROFILE:
-            other = f"set profile.ranks.{FROM_PROFILE[name]}" if FROM_PROFILE[name] else "leave it to slime"
+            other = f"set profile.trainer.{FROM_PROFILE[name]}" if FROM_PROFILE[name] else "leave it to slime"
             raise ConfigError(f"{where}: slime decides this itself. Remove it and {other}.")
         if name in PARALLEL and value not in (1, None, False):
-            raise ConfigError(f"{where}: training is data-parallel only. Remove it, and set profile.ranks.num_ranks.")
+            raise ConfigError(f"{where}: training is data-parallel only. Remove it, and set profile.trainer.num_ranks.")
 
 
 @functools.cache

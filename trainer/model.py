@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -37,12 +38,13 @@ def initialize_distributed(
 ) -> None:
     """Join the process group of all ranks and set Megatron up on it, data-parallel; seed every generator.
 
-    Rank 0 listens on `address`:`port`, and on no other interface. All ranks draw from the same seed: Megatron offsets
-    it where ranks must differ.
+    Rank 0 listens on `address`:`port` (0: any free one), and on no other interface. All ranks draw from the same seed:
+    Megatron offsets it where ranks must differ.
 
     Raises:
         TrainerError: the port is taken, or the ranks did not all come before `timeout_s`.
     """
+    _stay_on_loopback(address)
     try:
         store = _rendezvous(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
         dist.init_process_group(
@@ -55,7 +57,7 @@ def initialize_distributed(
     except (OSError, RuntimeError) as cause:
         raise TrainerError(
             f"rank {rank} of {world_size} could not join the others at {address}:{port} within {timeout_s:.0f} s: "
-            f"{cause}. See that every rank has started, or raise profile.ranks.distributed_timeout_s."
+            f"{cause}. See that every rank has started, or raise profile.trainer.distributed_timeout_s."
         ) from cause
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -63,6 +65,13 @@ def initialize_distributed(
     torch.manual_seed(seed)
     np.random.seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _stay_on_loopback(address: str) -> None:
+    """Ranks that meet on the loopback interface talk there too: gloo would listen where the host's name points."""
+    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if loopback and address in ("127.0.0.1", "localhost", "::1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
 
 
 def _rendezvous(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> TCPStore:
@@ -178,6 +187,7 @@ def _megatron_fields(config: HfConfig, precision: Precision, recompute: bool) ->
         "use_te_activation_func": True,  # that is, the spec's activation; without TransformerEngine it is ours
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
+        "cuda_graph_scope": [],  # the default is a deprecated word for it, and warns
         "calculate_per_token_loss": True,
     }
 

@@ -64,14 +64,15 @@ def make_packed_row(
     lengths = np.diff(cu_seqlens)
     if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != len(positions) or (lengths < 0).any():
         raise ValueError(f"cu_seqlens {cu_seqlens} do not cover the {len(positions)} tokens of the row")
-    boundaries = torch.as_tensor(cu_seqlens, dtype=torch.int32).to(device)
+    # Copied: arrays out of Ray's object store are read-only, and torch's tensors cannot be.
+    boundaries = torch.from_numpy(cu_seqlens.astype(np.int32)).to(device)
     return PackedRow(
         qkv_format=qkv_format,
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
         max_seqlen_q=int(lengths.max()),
         max_seqlen_kv=int(lengths.max()),
-        positions=torch.as_tensor(positions).to(device),
+        positions=torch.from_numpy(np.array(positions)).to(device),
         plan=_plan(cu_seqlens[:-1], lengths, device=device),
     )
 
