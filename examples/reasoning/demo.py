@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -61,7 +62,7 @@ class Demo:
     def _slime(self, command: str, file: str, settings: dict[str, Path]) -> None:
         """One command, to its end. Leaves with its exit code if that is not 0."""
         assignments = [f"--set={name}={value}" for name, value in {"seed": self._seed, **settings}.items()]
-        arguments = [command, str(prepare.HERE / file), *assignments]
+        arguments = [command, os.path.relpath(prepare.HERE / file), *assignments]
         print(f"$ slime {shlex.join(arguments)}", flush=True)
         start = time.monotonic()
         with subprocess.Popen([Path(sys.executable).with_name("slime"), *arguments]) as process:
