@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -35,11 +36,14 @@ class RMSNorm(torch.nn.Module):
         return fused.rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(torch.nn.Module):
-    """The gated activation of all our families, in the place of TransformerEngine's."""
+class SwiGLU(MegatronModule):  # type: ignore[misc]
+    """The gated activation of all our families, in the place of TransformerEngine's.
+
+    A Megatron module, because its MLP asks every part for a sharded state.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.swiglu(x)
