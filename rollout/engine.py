@@ -162,7 +162,8 @@ class SGLangEngine:
 
     async def health(self) -> dict[str, Any]:
         """What the server says of itself: model path, weight version and SGLang's other facts."""
-        return await self._request("GET", "/model_info")
+        facts: dict[str, Any] = json.loads(await self._request("GET", "/model_info"))
+        return facts
 
     async def close(self) -> None:
         """End the server and everything it started. May be called again, and after a start that failed."""
@@ -179,7 +180,8 @@ class SGLangEngine:
                 f"engine {self._index} (process {self._process.pid}) survived SIGKILL for {CLOSE_TIMEOUT_S:g} s: it "
                 "hangs in the kernel. Look at its device and storage, or restart the machine"
             ) from None
-        self._process.wait()
+        with self._process:  # reaps it and closes the pipe
+            pass
         self._process = None
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -240,10 +242,10 @@ class SGLangEngine:
                     if response.status == 200:
                         return
 
-    async def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        return await self._request("POST", path, body=body)
+    async def _post(self, path: str, **body: Any) -> None:
+        await self._request("POST", path, body=body)
 
-    async def _request(self, method: str, path: str, *, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    async def _request(self, method: str, path: str, *, body: dict[str, Any] | None = None) -> str:
         if self._session is None:
             raise EngineError(f"engine {self._index} is not running: {path} needs start first")
         try:
@@ -256,11 +258,7 @@ class SGLangEngine:
             ) from cause
         if response.status != 200:
             raise EngineError(f"engine {self._index} refused {path} with status {response.status}: {text[:2000]}")
-        try:
-            answer = json.loads(text)
-        except json.JSONDecodeError:
-            return {"text": text}
-        return answer if isinstance(answer, dict) else {"answer": answer}
+        return text
 
 
 def choose_port(base_port: int | None, *, index: int) -> int:

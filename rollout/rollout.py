@@ -44,8 +44,8 @@ class Turns:
         if limit < 1:
             raise PromptTooLong(
                 f"prompt {sample.prompt_uid}: after {len(sample.tokens)} tokens nothing is left of the "
-                f"{self.max_response_tokens} response tokens or of the context's {self.tokenizer.max_length}. Take fewer "
-                "turns, or raise rollout.max_response_tokens"
+                f"{self.max_response_tokens} response tokens or of the context's {self.tokenizer.max_length}. Take "
+                "fewer turns, or raise rollout.max_response_tokens"
             )
         (completion,) = await self.client.generate(
             sample.tokens,
@@ -171,14 +171,19 @@ class Rollout:
                 await hook(prompt, sample, turns)
             self._finish(sample)
 
-        await asyncio.gather(*(fill(sample) for sample in samples))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for sample in samples:
+                    tasks.create_task(fill(sample))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the others were cancelled because of it
 
     def _finish(self, sample: Sample) -> None:
         if not len(sample.tokens) == len(sample.loss_mask) == len(sample.rollout_logprobs):
             raise HookError(
                 f"rollout.generate = {self._config.generate!r} left {len(sample.tokens)} tokens, "
-                f"{len(sample.loss_mask)} loss_mask and {len(sample.rollout_logprobs)} rollout_logprobs: grow them with "
-                "sample.append only, or with client.generate"
+                f"{len(sample.loss_mask)} loss_mask and {len(sample.rollout_logprobs)} rollout_logprobs: grow them "
+                "with sample.append only, or with client.generate"
             )
         if sample.num_response_tokens == 0:
             raise HookError(
@@ -193,8 +198,8 @@ class Rollout:
         limit = self._config.max_response_tokens
         if num_prompt_tokens + limit > self._tokenizer.max_length:
             raise PromptTooLong(
-                f"prompt {prompt.uid} has {num_prompt_tokens} tokens; with rollout.max_response_tokens = {limit} that is "
-                f"more than the model's context of {self._tokenizer.max_length}. Shorten the prompt, or lower "
+                f"prompt {prompt.uid} has {num_prompt_tokens} tokens; with rollout.max_response_tokens = {limit} that "
+                f"is more than the model's context of {self._tokenizer.max_length}. Shorten the prompt, or lower "
                 "rollout.max_response_tokens"
             )
 

@@ -27,8 +27,8 @@ class Tokenizer:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_path)
         except (OSError, ValueError) as cause:
             raise ModelError(
-                f"{model_path} has no tokenizer that loads ({cause}). Copy tokenizer.json and tokenizer_config.json into "
-                "it, or point model.path at a complete directory"
+                f"{model_path} has no tokenizer that loads ({cause}). Copy tokenizer.json and tokenizer_config.json "
+                "into it, or point model.path at a complete directory"
             ) from cause
 
     @property
@@ -47,7 +47,7 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends an answer: of config.json, of generation_config.json and the tokenizer's own, sorted."""
+        """Every token that ends an answer: config.json's, generation_config.json's, the tokenizer's, sorted."""
         ids: set[int] = set()
         generation_path = self._path / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.exists() else {}
@@ -65,8 +65,8 @@ class Tokenizer:
             return self.encode(prompt.text, add_special_tokens=True)
         if self._tokenizer.chat_template is None:
             raise ModelError(
-                f"{self._path} has no chat template and prompt {prompt.uid} has messages. Use an instruction-tuned model, "
-                'or give prompts as "text"'
+                f"{self._path} has no chat template and prompt {prompt.uid} has messages. Use an instruction-tuned "
+                'model, or give prompts as "text"'
             )
         messages = [dict(message) for message in prompt.messages]
         ids: list[int] = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

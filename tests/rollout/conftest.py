@@ -26,7 +26,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("other_model"), seed=1)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[SGLangEngine, str]]:
     """One running engine and its URL, shared: tests that load other weights put the first ones back."""
     engine = make_engine(model, tmp_path_factory.mktemp("engine"))
@@ -36,7 +36,7 @@ async def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
         await engine.close()
 
 
-@pytest_asyncio.fixture(loop_scope="session")
+@pytest_asyncio.fixture(loop_scope="module")
 async def client(engine: tuple[SGLangEngine, str]) -> AsyncIterator[GenerationClient]:
     async with GenerationClient([engine[1]], token=TOKEN, timeout_s=120) as client:
         yield client

@@ -20,7 +20,7 @@ TOKEN = "token-of-the-tests"
 def make_engine(model: Path, directory: Path, *, index: int = 0, **config: object) -> SGLangEngine:
     return SGLangEngine(
         str(model),
-        config=EngineConfig.model_validate({"start_timeout_s": 180, "request_timeout_s": 120, **config}),
+        config=EngineConfig.model_validate({"start_timeout_s": 270, "request_timeout_s": 120, **config}),
         device="cpu",
         threads=1,
         log_path=str(directory / f"engine-{index}.log"),

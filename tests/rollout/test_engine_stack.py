@@ -8,12 +8,16 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from rollout.bench import bench_rollout
 from rollout.client import GenerationClient, parse_completion
 from rollout.engine import SGLangEngine
+from rollout.tokenizer import Tokenizer
+from slime.config import RolloutConfig
 from slime.errors import EngineError
+from tests.builders import make_prompt
 from tests.rollout.engines import TOKEN, reference_logprobs, stage, tensors_of, worst
 
-pytestmark = [pytest.mark.stack, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.stack, pytest.mark.asyncio(loop_scope="module")]
 
 PROMPT = [1, *range(10, 60)]
 BF16_NOISE = 0.06
@@ -62,7 +66,7 @@ async def test_samples_of_a_group_compute_their_prompt_once(client: GenerationCl
 async def test_published_weights_answer_as_the_other_model_and_under_its_version(
     engine: tuple[SGLangEngine, str], client: GenerationClient, model: Path, other_model: Path, tmp_path: Path
 ) -> None:
-    """Pins publishing: an engine that reports a version whose weights it does not hold makes all training off-policy."""
+    """Pins publishing: a version whose weights the engine does not hold makes all training off-policy unseen."""
     published = stage(tensors_of(other_model), tmp_path / "other")
     await engine[0].pause()
     await engine[0].load_weights(published, version=7)
@@ -143,6 +147,20 @@ async def test_the_client_names_an_engine_that_refuses(engine: tuple[SGLangEngin
     async with GenerationClient([engine[1]], token="another", timeout_s=30) as stranger:
         with pytest.raises(EngineError, match=rf"{engine[1]}.*401"):
             await stranger.generate(PROMPT, max_new_tokens=4, temperature=1.0)
+
+
+async def test_the_bench_measures_both_paths(engine: tuple[SGLangEngine, str], model: Path) -> None:
+    """Pins what `slime bench rollout` divides: two positive rates of the same work."""
+    bench = await bench_rollout(
+        engine[1],
+        token=TOKEN,
+        tokenizer=Tokenizer(str(model)),
+        prompts=[make_prompt(f"p{i}", text=f"{i} + 2 =") for i in range(4)],
+        config=RolloutConfig(samples_per_prompt=2, max_response_tokens=8),
+        repeats=1,
+    )
+    assert bench.ratio == pytest.approx(bench.rollout_tokens_per_s / bench.bare_tokens_per_s)
+    assert bench.bare_tokens_per_s > 0
 
 
 async def put_back(engine: SGLangEngine, model: Path, tmp_path: Path) -> None:
