@@ -47,13 +47,13 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends an answer: config.json's, generation_config.json's, the tokenizer's, sorted."""
-        ids: set[int] = set()
+        """Every token that ends an answer: the tokenizer's own first, then config.json's and generation_config.json's."""
+        ids: dict[int, None] = {}
         generation_path = self._path / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.exists() else {}
-        for eos in (self._config.get("eos_token_id"), generation.get("eos_token_id"), self._tokenizer.eos_token_id):
-            ids.update([eos] if isinstance(eos, int) else eos or [])
-        return tuple(sorted(ids))
+        for eos in (self._tokenizer.eos_token_id, self._config.get("eos_token_id"), generation.get("eos_token_id")):
+            ids.update(dict.fromkeys([eos] if isinstance(eos, int) else eos or []))
+        return tuple(ids)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids the policy continues: messages through the chat template, with its opening of the answer; or text.

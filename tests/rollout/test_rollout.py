@@ -156,10 +156,10 @@ def test_messages_pass_through_the_chat_template_and_text_does_not(tokenizer: To
 
 
 def test_every_end_token_of_the_directory_counts(tmp_path: Path) -> None:
-    """Pins models whose chat ends with another token than their text, named in generation_config.json only."""
+    """Pins models whose text ends with another token than their chat; the chat's, the tokenizer's own, comes first."""
     directory = make_model(tmp_path)
-    (directory / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    assert Tokenizer(str(directory)).eos_token_ids == (2, 7)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert Tokenizer(str(directory)).eos_token_ids == (2, 1)
 
 
 def test_a_directory_without_a_tokenizer_or_config_is_a_model_error(tmp_path: Path) -> None:
