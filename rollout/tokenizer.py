@@ -47,7 +47,7 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends an answer: the tokenizer's own first, then config.json's and generation_config.json's."""
+        """Tokens that end an answer: the tokenizer's own first, then config.json's and generation_config.json's."""
         ids: dict[int, None] = {}
         generation_path = self._path / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.exists() else {}
