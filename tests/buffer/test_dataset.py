@@ -10,12 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer.dataset import prompt_uid, read_prompts, read_sft_rows
 from buffer.rows import MAX_LINE_BYTES
 from slime.errors import DataError
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
 
 GOOD = b'{"text": "1 + 1 =", "label": "2"}\n'
 
@@ -156,6 +159,7 @@ def test_the_uid_is_of_the_content_and_stays_what_it_is() -> None:
     )
 
 
+@UNHURRIED
 @given(st.text(), st.text(), st.text(), st.text())
 def test_different_problems_have_different_uids(text: str, label: str, other_text: str, other_label: str) -> None:
     """Pins: a hash over joined strings, in which ("a", "bc") and ("ab", "c") collide."""
@@ -250,6 +254,7 @@ def test_a_broken_sft_row_is_refused(tmp_path: Path, content: bytes, got: str) -
     assert got in str(refused.value)
 
 
+@UNHURRIED
 @given(st.binary(max_size=200))
 def test_no_bytes_end_in_anything_but_prompts_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
@@ -268,6 +273,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from(["text", "messages", "label", "tags", "metadata", "id"])
 
 
+@UNHURRIED
 @given(st.lists(st.dictionaries(KEYS, JSON, max_size=4), max_size=3))
 def test_no_json_ends_in_anything_but_prompts_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -165,7 +165,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerAgainstItsModel = LedgerMachine.TestCase
-TestLedgerAgainstItsModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLedgerAgainstItsModel.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.fixture

@@ -158,6 +158,11 @@ async def test_a_run_whose_groups_are_all_dropped_ends_with_the_reasons(ledger: 
             lease = await buffer.admit()
             await buffer.put(lease, group_of(lease), keep=False, reason="all rewards equal")
 
+    for _ in range(3):  # 45 drops in all, of which never 20 in a row
+        for _ in range(15):
+            await buffer.drop(await buffer.admit(), reason="too long")
+        lease = await buffer.admit()
+        await buffer.put(lease, group_of(lease), keep=True)
     task = asyncio.ensure_future(worker())
     with pytest.raises(
         DataError, match=r"last 2\d groups were all dropped: all rewards equal \(2\d\).*Loosen buffer\.filter"
