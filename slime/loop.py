@@ -5,10 +5,10 @@
     rollout_worker × N          ▼                                        │
       generate ─▶ grade ─▶ keep?│─────────────────────────────────────────┘
                                 ▼
-    train: build_batch ─▶ train_step ─▶ commit ─▶ publish ─▶ published(version) ─▶ evaluate, report
+    train: evaluate ─▶ take ─▶ build_batch ─▶ train_step ─▶ commit ─▶ publish ─▶ published(version) ─▶ report
 
 A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a
-full step: woken by `put`. With max_staleness = 0 admission opens only when a version is published, so generation and
+full step: woken by `put`; meanwhile the engines also answer the evaluation of the same weights. With max_staleness = 0 admission opens only when a version is published, so generation and
 training alternate; a larger bound lets them overlap. Nothing here knows Ray, SGLang or Megatron.
 """
 
@@ -107,9 +107,10 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
         await run.publisher.publish(run.trainer.version)
     run.buffer.published(run.trainer.version)
     generating_since = time.perf_counter()
-    await unless(stop, run.evaluate(run.trainer.version))
     for step in range(first_step, run.num_steps + 1):
         clock = Clock(run.on_phase)
+        with clock("eval"):
+            await unless(stop, run.evaluate(step - 1))
         with clock("generate"):
             groups = await unless(stop, run.buffer.take(run.groups_per_step, step=step))
         generation_s = time.perf_counter() - generating_since
@@ -125,9 +126,8 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
                 metrics |= await run.publisher.publish(run.trainer.version)
         run.buffer.published(run.trainer.version)
         generating_since = time.perf_counter()
-        with clock("eval"):
-            await unless(stop, run.evaluate(step))
         run.on_step(step, groups, metrics | clock.metrics() | {"rollout/tokens_per_s": _tokens(groups) / generation_s})
+    await unless(stop, run.evaluate(run.num_steps))
 
 
 def _tokens(groups: Sequence[Group]) -> int:
