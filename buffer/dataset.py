@@ -74,8 +74,7 @@ def read_prompts(path: Path, *, require_label: bool = True) -> PromptFile:
 
 
 def read_sft_rows(path: Path) -> list[SftRow]:
-    """Read a file for `slime sft`: a prompt and its ``response``. Equal rows are all kept, so a file can weigh its
-    examples.
+    """Read a file for `slime sft`: prompts with their ``response``. Equal rows are kept: a file may weigh its examples.
 
     Raises:
         DataError: a row is not a prompt, has no response, or two rows have the same ``id``.
@@ -154,11 +153,11 @@ def _metadata(row: Row, *, where: str) -> Mapping[str, Any]:
 def _uid(where: str, *, messages: Sequence[Message], text: str, label: Any) -> str:
     try:
         return prompt_uid(messages=messages, text=text, label=label)
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair ({error.object[error.start]!r}), which no tokenizer takes"
     except (TypeError, ValueError) as error:
-        got = f"a value that JSON does not have ({error})"
-    raise DataError(f"{where}: got {got}. Write it as a plain string or number, or remove the row.")
+        raise DataError(
+            f"{where}: got a value that JSON does not have ({error}). "
+            "Write it as a plain string or number, or remove the row."
+        ) from None
 
 
 def _check_id(name: Any, *, where: str, places: dict[str, str]) -> None:

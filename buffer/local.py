@@ -70,12 +70,10 @@ class LocalBuffer:
 
     Args:
         max_requeues: an instance given back more often than this is dropped, so that one bad prompt or a dead engine
-        cannot
-            turn for ever.
-        max_drops_in_a_row: the run ends when so many groups in a row are dropped and none is kept; 64 steps' worth by
-        default. stall_timeout_s: `take` gives up when nothing was admitted, put, dropped or requeued for so long.
-        Longer than the
-            longest rollout and its reward.
+            cannot turn for ever.
+        max_drops_in_a_row: the run ends when so many groups in a row are dropped; 64 steps' worth by default.
+        stall_timeout_s: `take` gives up when nothing was admitted, put, dropped or requeued for so long. Longer than
+            the longest rollout and its reward.
         clock: seconds that only grow.
 
     Raises:

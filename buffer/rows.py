@@ -23,8 +23,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield ``(where, row)`` for each row, `where` being the file and the line (``.jsonl``) or the row (``.parquet``),
-    from 1.
+    """Yield ``(where, row)`` for each row: `where` names the file and its line (``.jsonl``) or row (``.parquet``).
 
     Raises:
         DataError: the file is missing, of another kind, unreadable or without rows, or a line is not one JSON object.
@@ -46,7 +45,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}. Make it readable, or name another file.") from error
+    with file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -82,7 +85,18 @@ def _parse_line(line: bytes, *, where: str) -> Row:
         _refuse_line(where, text, column=1, got=f"JSON beyond the parser's limits ({error})")
     if not isinstance(row, dict):
         _refuse_line(where, text, column=1, got=f"{describe(row)} where an object is needed")
+    if "\\ud" in text.lower():
+        _refuse_half_pairs(row, where=where, text=text)
     return row
+
+
+def _refuse_half_pairs(row: Row, *, where: str, text: str) -> None:
+    r"""JSON may spell half of a surrogate pair (``\ud800``), which is no character: no tokenizer takes it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        _refuse_line(where, text, column=text.lower().index(half) + 1, got=f"half a surrogate pair ({half})")
 
 
 class _RowError(Exception):

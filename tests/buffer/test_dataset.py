@@ -52,7 +52,8 @@ def row(**keys: Any) -> bytes:
         (b'{"text": "a", "label": 1, "label": 2}\n', "line 1, column 15", "the key 'label' twice"),
         (b'{"text": "a", "label": ' + b"[" * 100_000 + b"\n", "line 1", "beyond the parser's limits"),
         (b'{"text": "a", "label": ' + b"1" * 5000 + b"}\n", "line 1", "beyond the parser's limits"),
-        (b'{"text": "a", "label": "\\ud800"}\n', "line 1", "half a surrogate pair"),
+        (b'{"text": "a", "label": "\\ud800"}\n', "line 1, column 25", "half a surrogate pair"),
+        (row(metadata={"note": "a\udfffb"}), "line 1, column", "half a surrogate pair (\\udfff)"),
         (b"{}\n", "line 1", "neither 'messages' nor 'text'"),
         (row(text=None), "line 1", "neither 'messages' nor 'text'"),
         (row(messages=[{"role": "user", "content": "a"}]), "line 1", "both 'messages' and 'text'"),
@@ -126,6 +127,13 @@ def test_every_key_of_a_row_arrives(tmp_path: Path) -> None:
     assert prompt.label == {"answer": 3}
     assert prompt.tags == ("sum",)
     assert prompt.metadata == {"level": 2, "id": "q1"}
+
+
+def test_characters_beyond_the_first_plane_may_be_spelt_as_pairs(tmp_path: Path) -> None:
+    """Pins: a check on half pairs that refuses whole ones, which is how json.dumps writes every emoji."""
+    path = write(tmp_path, row(text="\N{GRINNING FACE} = ?"))
+    assert b"\\ud83d\\ude00" in path.read_bytes()
+    assert read_prompts(path).prompts[0].text == "\N{GRINNING FACE} = ?"
 
 
 def test_whole_numbers_of_any_size_stay_exact(tmp_path: Path) -> None:
