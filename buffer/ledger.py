@@ -1,9 +1,9 @@
 """The ledger: the durable fate of every prompt instance of a run, in SQLite.
 
 Every method is one transaction. In WAL mode with ``synchronous=NORMAL`` it takes some 0.05 ms, a few ms when SQLite
-folds its log into the file, and survives the death of the process; `commit` runs with ``FULL``, waits for the disk (about
-10 ms) and makes everything before it survive a power loss. That is short enough for an event loop, so nothing here is
-asynchronous. One process writes (`buffer.lock`); others may read meanwhile.
+folds its log into the file, and survives the death of the process. `commit` runs with ``FULL``: it waits for the disk
+(about 10 ms) and makes everything before it survive a power loss. That is short enough for an event loop, so nothing
+here is asynchronous. One process writes (`buffer.lock`); others may read meanwhile.
 """
 
 from __future__ import annotations
