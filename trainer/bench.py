@@ -47,20 +47,22 @@ def bench_train(
     num_sequences: int = 256,
     mean_length: int = 35,
     num_rounds: int = 7,
+    budget_s: float = 120.0,
     seed: int = 0,
 ) -> TrainBench:
     """Measure `model`, by default a random Qwen3 of hidden size 128 with 2 layers. Needs `initialize_distributed`.
 
-    Lengths are uniform within 40 % of `mean_length`.
+    Lengths are uniform within 40 % of `mean_length`. The round that exceeds `budget_s` is the last.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = model or _random_model(Path(scratch), seed=seed)
         policy = build_model(path, precision=precision)
-        plain = {name: _plain_model(path, precision, attention=name) for name in ("sdpa", "eager")}
-    sequences = _sequences(policy.hf_config.vocab_size, num_sequences, mean_length, seed=seed)
+        device = next(policy.parameters()).device
+        plain = {name: _plain_model(path, precision, attention=name).to(device) for name in ("sdpa", "eager")}
+    sequences = _sequences(policy.hf_config.vocab_size, num_sequences, mean_length, seed=seed, device=device)
     contestants = {"ours": _packed_step(policy, sequences)}
     contestants |= {name: _padded_step(module, sequences) for name, module in plain.items()}
-    seconds = {name: min(times) for name, times in _interleave(contestants, num_rounds).items()}
+    seconds = {name: min(times) for name, times in _interleave(contestants, num_rounds, budget_s=budget_s).items()}
     num_tokens = sum(len(sequence) for sequence in sequences)
     fastest = min(plain, key=lambda name: seconds[name])
     return TrainBench(
@@ -70,15 +72,21 @@ def bench_train(
     )
 
 
-def _interleave(contestants: dict[str, Callable[[], None]], num_rounds: int) -> dict[str, list[float]]:
+def _interleave(
+    contestants: dict[str, Callable[[], None]], num_rounds: int, *, budget_s: float
+) -> dict[str, list[float]]:
     """Wall times of each contestant, one after the other in every round, so that noise meets all alike."""
+    for step in contestants.values():
+        step()  # warms up
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_number in range(num_rounds + 1):
+    deadline = time.perf_counter() + budget_s
+    for _ in range(num_rounds):
         for name, step in contestants.items():
             start = time.perf_counter()
             step()
-            if round_number > 0:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
+        if time.perf_counter() > deadline:
+            break
     return times
 
 
@@ -87,14 +95,12 @@ def _packed_step(policy: PolicyModel, sequences: list[Tensor]) -> Callable[[], N
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.concatenate([np.arange(length) for length in lengths])
     tokens = torch.cat(sequences)
-    device = next(policy.parameters()).device
 
     def step() -> None:
-        row = make_row(cu_seqlens, positions, device=device)
+        row = make_row(cu_seqlens, positions, device=tokens.device)
         logits = policy(tokens[None], row.positions[None], attention_mask=None, packed_seq_params=row)[0]
-        logprobs, _ = token_logprobs(logits, tokens.roll(-1), torch.ones(len(tokens)))
-        policy.zero_grad(set_to_none=True)
-        torch.autograd.backward(logprobs.sum())
+        logprobs, _ = token_logprobs(logits, tokens.roll(-1), torch.ones(len(tokens), device=tokens.device))
+        _backward(policy, logprobs)
 
     return step
 
@@ -106,17 +112,25 @@ def _padded_step(model: Any, sequences: list[Tensor]) -> Callable[[], None]:
     def step() -> None:
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
-        model.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss.sum())
+        _backward(model, loss)
 
     return step
 
 
-def _sequences(vocab_size: int, num_sequences: int, mean_length: int, *, seed: int) -> list[Tensor]:
+def _backward(model: torch.nn.Module, per_token: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    torch.autograd.backward(per_token.sum())
+    if per_token.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _sequences(
+    vocab_size: int, num_sequences: int, mean_length: int, *, seed: int, device: torch.device
+) -> list[Tensor]:
     random = np.random.default_rng(seed)
     spread = round(0.4 * mean_length)
     lengths = random.integers(mean_length - spread, mean_length + spread, size=num_sequences, endpoint=True)
-    return [torch.from_numpy(random.integers(0, vocab_size, size=length)) for length in lengths]
+    return [torch.from_numpy(random.integers(0, vocab_size, size=length)).to(device) for length in lengths]
 
 
 def _random_model(directory: Path, *, seed: int) -> Path:

@@ -104,11 +104,12 @@ def build_model(
     check_megatron_options(options)
     config = model if isinstance(model, HfConfig) else read_model_config(model)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fused = _has_transformer_engine(device)
     try:
-        megatron_config = TransformerConfig(**_megatron_fields(config, precision, recompute) | options)
+        megatron_config = TransformerConfig(**_megatron_fields(config, precision, recompute, fused=fused) | options)
     except (TypeError, ValueError, AssertionError) as cause:
         raise ConfigError(f"{KEY} = {options}: Megatron refuses it: {cause}. Correct or remove it.") from cause
-    policy = PolicyModel(config, megatron_config, fused=_has_transformer_engine(device))
+    policy = PolicyModel(config, megatron_config, fused=fused)
     load_weights(policy, config)
     policy.to(device)
     return policy
@@ -152,7 +153,7 @@ def _has_transformer_engine(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
-def _megatron_fields(config: HfConfig, precision: Precision, recompute: bool) -> dict[str, Any]:
+def _megatron_fields(config: HfConfig, precision: Precision, recompute: bool, *, fused: bool) -> dict[str, Any]:
     """`config` in the words of Megatron's TransformerConfig."""
     family, dtype = families.FAMILIES[config.family], DTYPES[precision]
     return {
@@ -181,10 +182,11 @@ def _megatron_fields(config: HfConfig, precision: Precision, recompute: bool) ->
         "use_cpu_initialization": True,
         "perform_initialization": False,  # every weight is loaded
         "gradient_accumulation_fusion": False,  # Apex's kernel
-        # torch.compile kernels: they need a compiler at run time and gain nothing on a CPU.
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "use_te_activation_func": True,  # that is, the spec's activation; without TransformerEngine it is ours
+        # Kernels of TransformerEngine and torch.compile; without them the spec's activation is taken, which is ours.
+        "apply_rope_fusion": fused,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "use_te_activation_func": not fused,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "cuda_graph_scope": [],  # the default is a deprecated word for it, and warns

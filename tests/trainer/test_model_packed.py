@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.model import make_row
@@ -20,6 +20,7 @@ def row_of(lengths: list[int]) -> PackedRow:
     return make_row(cu_seqlens, np.concatenate([np.arange(n) for n in lengths]), device=torch.device("cpu"))
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_every_place_holds_a_token_of_one_sequence_in_order(lengths: list[int]) -> None:
     """A token in another sequence's batch row would be attended to by strangers."""
@@ -38,6 +39,7 @@ def test_every_place_holds_a_token_of_one_sequence_in_order(lengths: list[int]) 
     assert sorted(seen) == [i for i, n in enumerate(lengths) if n]
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_unpad_undoes_pad_and_padding_has_no_gradient(lengths: list[int]) -> None:
     """A gather that is not undone mixes tokens; padding that is counted trains some tokens twice."""
