@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from rollout.client import Completion, GenerationClient
 from rollout.tokenizer import Tokenizer
 from slime.config import RolloutConfig
-from slime.errors import DataError, HookError, boundary
+from slime.errors import HookError, PromptError, boundary
 from slime.protocols import GenerateHook
 from slime.types import Group, Lease, Prompt, Sample, Status
 
 STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 
-class PromptTooLong(DataError):  # noqa: N818  # it is what happened, like StopRun
+class PromptTooLong(PromptError):  # noqa: N818  # it is what happened, like StopRun
     """A prompt and the longest allowed response do not fit into the model's context together."""
+
+    reason = "prompt_too_long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

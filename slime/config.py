@@ -58,7 +58,7 @@ class RolloutConfig(Table):
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Sampling temperature; the trainer divides its logits by the same."""
     generate: str | None = None
-    """Hook ``"./file.py:name"``: ``async (prompt, sample, client)``, fills a sample. Default: one turn."""
+    """Hook ``"./file.py:name"``: ``async (prompt, sample, client)`` fills a sample; `client` is a rollout.Turns."""
 
 
 class BufferConfig(Table):
@@ -251,6 +251,15 @@ class RunConfig(Table):
             raise ValueError(
                 f"trainer.updates_per_step = {self.trainer.updates_per_step} is more than "
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step}: some updates would have no group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _greedy_fits(self) -> RunConfig:
+        if self.profile.engine.deterministic and self.eval.temperature == 0:
+            raise ValueError(
+                "eval.temperature = 0 does not go with profile.engine.deterministic = true: a greedy request changes "
+                "what seeded ones beside it sample"
             )
         return self
 

@@ -19,7 +19,7 @@ A message says what was got, where, and two ways out. All are picklable, because
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 class SlimeError(Exception):
@@ -35,21 +35,10 @@ class DataError(SlimeError):
 
 
 class PromptError(SlimeError):
-    """One prompt cannot be rolled out. It is dropped on record for `reason`, one word, and the run goes on."""
+    """One prompt cannot be rolled out. It is dropped on record, and the run goes on."""
 
-    def __init__(self, message: str, *, reason: str = "unusable") -> None:
-        super().__init__(message, reason)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Callable[..., PromptError], tuple[str, str]]:
-        return _prompt_error, (self.args[0], self.reason)
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def _prompt_error(message: str, reason: str) -> PromptError:
-    return PromptError(message, reason=reason)
+    reason = "unusable"
+    """What the ledger records, in one word."""
 
 
 class ModelError(SlimeError):

@@ -12,6 +12,7 @@ from buffer.order import PromptOrder
 from buffer.split import Split, load_split
 from rewards.pool import check_reward
 from rollout.engine import choose_port
+from rollout.engine_options import check_options
 from slime.config import RunConfig
 from slime.errors import ConfigError, ModelError
 from slime.hooks import load_hook
@@ -64,6 +65,7 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
         on_step=optional(config.hooks.on_step, "hooks.on_step", "step", "metrics"),
     )
     engine = config.profile.engine
+    check_options(engine.sglang)
     if engine.base_port is not None and config.profile.placement.ray_address is None:
         for index in range(engine.num_engines):
             choose_port(engine.base_port, index=index)

@@ -104,6 +104,7 @@ async def _train(
                 prompts_per_step=config.rollout.prompts_per_step,
                 num_steps=config.num_steps,
                 max_staleness=config.buffer.max_staleness,
+                stall_timeout_s=config.profile.engine.request_timeout_s + 60 * config.reward.timeout_s,
             )
             reporting = Reporting(config, checked, rollout=rollout, pool=pool, log=log, view=view)
             samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt

@@ -23,6 +23,7 @@ class FakeEngine:
         self.calls: list[str] = []
         self.version = 0
         self.paused = False
+        self._update_is_open = False
 
     async def start(self) -> str:
         self.calls.append("start")
@@ -33,6 +34,8 @@ class FakeEngine:
         self.paused = True
 
     async def resume(self) -> None:
+        if self._update_is_open:
+            raise EngineError("the fake engine holds part of a weight update; load good weights first, or close it")
         self.calls.append("resume")
         self.paused = False
 
@@ -40,12 +43,18 @@ class FakeEngine:
         self.calls.append("offload")
 
     async def onload(self, *, what: str) -> None:
+        if what not in ("weights", "kv_cache"):
+            raise ValueError(f"onload what={what!r}: expected weights or kv_cache")
         self.calls.append(f"onload {what}")
 
     async def load_weights(self, manifest: str, *, version: int) -> None:
+        if not self.paused:
+            raise EngineError("load_weights needs a paused engine; call pause first")
+        self._update_is_open = True
         if not Path(manifest).is_file():
-            raise EngineError(f"{manifest}: there is no such manifest; stage the weights first, or check the path.")
+            raise EngineError(f"{manifest}: there is no such manifest; stage the weights first, or check the path")
         read_manifest(Path(manifest))
+        self._update_is_open = False
         self.version = version
 
     async def close(self) -> None:

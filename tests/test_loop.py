@@ -117,14 +117,14 @@ async def test_a_dropped_group_is_replaced_so_that_every_step_is_full(recorder: 
 class _RefusesOrdinals(FakeRollout):
     async def generate(self, lease: Lease) -> Group:
         if lease.ordinal in (0, 5):
-            raise PromptError("too long", reason="prompt_too_long")
+            raise PromptError("too long")
         return await super().generate(lease)
 
 
 async def test_an_unusable_prompt_is_dropped_on_record_and_the_run_goes_on(recorder: Recorder) -> None:
     """A prompt longer than the context must cost its place, not the run, and must be counted."""
     await recorder.start(rollout=_RefusesOrdinals(num_samples=2, version=lambda: recorder.publisher.versions[-1]))
-    assert recorder.ledger.drop_reasons() == {"prompt_too_long": 2}
+    assert recorder.ledger.drop_reasons() == {"unusable": 2}
     assert [len(groups) for groups in recorder.trained] == [GROUPS_PER_STEP] * 3
 
 

@@ -10,12 +10,14 @@ import pytest_asyncio
 
 from slime.errors import EngineError
 from slime.protocols import RolloutEngine
+from slime.testing import FakeEngine
 from tests.builders import make_model
 from tests.rollout.engines import make_engine, stage, tensors_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ENGINES: list[object] = [
+    pytest.param(lambda model, directory: FakeEngine(), id="fake"),
     pytest.param(lambda model, directory: make_engine(model, directory), id="sglang", marks=pytest.mark.stack),
 ]
 """``(model directory, directory to write to) -> engine``: add an implementation here."""
