@@ -9,7 +9,7 @@
 
 A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a
 full step, woken by `put`; meanwhile the engines also answer the evaluation of the same weights. With max_staleness = 0
-admission opens only when a version is published, so generation and training alternate; a larger bound lets them overlap.
+admission opens only when a version is published, so generation and training alternate; a larger bound overlaps them.
 Nothing here knows Ray, SGLang or Megatron.
 """
 
