@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from slime.errors import PromptError
 from slime.types import Failed, Metrics, Prompt, Sample, Score, Verdict
 
 SET = "held_out"
@@ -51,7 +52,8 @@ class Evaluator:
         """Metrics ``eval/held_out/*`` and the judged samples of every prompt.
 
         pass@1 is the mean over all samples with a verdict; pass@k the share of prompts one of whose k samples passed.
-        A failed verdict counts in ``failures``, never as a failed sample.
+        A failed verdict counts in ``failures``, never as a failed sample; a prompt that cannot be rolled out in
+        ``skipped_prompts``.
         """
         async with asyncio.TaskGroup() as tasks:
             drawn = [tasks.create_task(self._one(prompt)) for prompt in self._prompts]
@@ -60,9 +62,12 @@ class Evaluator:
 
     async def _one(self, prompt: Prompt) -> list[Sample]:
         async with self._slots:
-            samples = await self._rollout.sample(
-                prompt, num_samples=self._samples_per_prompt, temperature=self._temperature, seed_salt=SET
-            )
+            try:
+                samples = await self._rollout.sample(
+                    prompt, num_samples=self._samples_per_prompt, temperature=self._temperature, seed_salt=SET
+                )
+            except PromptError:
+                return []
             for sample, verdict in zip(samples, await self._grade(samples, prompt), strict=True):
                 sample.verdict = verdict
             return samples
@@ -81,6 +86,7 @@ class Evaluator:
             f"pass@{self._samples_per_prompt}": _mean([float(any(group)) for group in passed]),
             "reward_mean": _mean([sample.reward for sample in samples]),
             "response_tokens_mean": _mean([float(sample.num_response_tokens) for sample in samples]),
+            "skipped_prompts": float(sum(not group for group in groups)),
             "failures": float(sum(isinstance(s.verdict, Failed) for group in groups for s in group)),
         }
         values |= {name: _mean(numbers) for name, numbers in parts.items()}

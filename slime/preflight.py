@@ -17,6 +17,7 @@ from slime.config import RunConfig
 from slime.errors import ConfigError, ModelError
 from slime.hooks import load_hook
 from trainer.hf_config import HfConfig, read_model_config
+from trainer.megatron_options import check_megatron_options
 
 MAY_CHANGE = ("run_dir", "num_steps", "eval", "checkpoint", "profile", "hooks")
 """Keys that may differ when a run is continued; a change of any other would make it another run."""
@@ -66,6 +67,7 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
     )
     engine = config.profile.engine
     check_options(engine.sglang)
+    check_megatron_options(config.profile.trainer.megatron)
     if engine.base_port is not None and config.profile.placement.ray_address is None:
         for index in range(engine.num_engines):
             choose_port(engine.base_port, index=index)

@@ -16,6 +16,7 @@ from slime.config import SftRunConfig
 from slime.errors import DataError
 from slime.launch import spawn_trainer, worker_spec
 from trainer.hf_config import read_model_config
+from trainer.megatron_options import check_megatron_options
 from trainer.sft import SftRow, build_sft_batch
 
 
@@ -26,6 +27,7 @@ def run_sft(config: SftRunConfig) -> None:
         SlimeError: what is wrong with the model, the data or the run.
     """
     read_model_config(config.model.path)
+    check_megatron_options(config.profile.trainer.megatron)
     rows = _tokenize(config)
     asyncio.run(_fine_tune(config, rows))
 

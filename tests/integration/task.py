@@ -57,7 +57,8 @@ def score(sample):
 def make_task(directory: Path) -> Path:
     """A folder with run file, profile, model, data and reward. Returns the run file."""
     make_model(directory / "model")
-    rows = [{"text": f"{a} + {b} =", "label": str(a + b)} for a in range(10) for b in range(10)]
+    rows = [{"text": f"{a} + {b} =", "label": str(a + b)} for a in range(3) for b in range(4)]
+    rows.append({"text": "1 + " * 300 + "1 =", "label": "301"})
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "reward.py").write_text(REWARD)
     (directory / "profile.toml").write_text(PROFILE)

@@ -40,6 +40,7 @@ def test_a_run_trains_every_step_on_policy_and_accounts_for_every_prompt(finishe
     result = audit(finished.run_dir)
     assert result.holds
     assert result.num_committed == NUM_STEPS * 4
+    assert set(result.dropped) == {"prompt_too_long"}, "counted and skipped"
 
 
 def test_engine_and_trainer_agree_on_the_probability_of_every_token(finished: Training) -> None:
