@@ -83,6 +83,9 @@ def server_environment(
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         "TMPDIR": scratch,
+        # Clients drop an idle connection after 15 s. A server that did so first (SGLang: after 5 s) would sooner or later
+        # do it under a request that is just being sent.
+        "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
     }
     if device == "cpu":
         changed["PYTHONPATH"] = ":".join(filter(None, [str(STUBS), environment.get("PYTHONPATH")]))

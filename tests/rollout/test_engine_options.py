@@ -4,6 +4,7 @@ import asyncio
 import socket
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from rollout.engine import SGLangEngine, choose_port
@@ -95,3 +96,11 @@ async def test_a_start_that_takes_too_long_is_given_up_at_its_deadline(tmp_path:
     with pytest.raises(EngineError, match=r"not healthy within 0\.5 s.*start_timeout_s"):
         await asyncio.wait_for(engine.start(), 30)
     assert engine._process is None
+
+
+async def test_the_client_gives_up_an_idle_connection_long_before_the_server_does() -> None:
+    """A server that closes first does it, now and then, under a request: a run then dies after an idle pause."""
+    environment = server_environment({}, config=EngineConfig(), device="cpu", threads=1, scratch="/tmp")
+    connector = aiohttp.TCPConnector()
+    assert float(environment["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 4 * connector._keepalive_timeout
+    await connector.close()
