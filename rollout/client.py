@@ -115,10 +115,15 @@ class GenerationClient:
         try:
             async with self._open_session().post(url + "/generate", data=body) as response:
                 content = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as cause:
+        except TimeoutError as cause:
             raise EngineError(
-                f"engine {url} did not answer within {self._timeout_s:g} s ({type(cause).__name__}: {cause}). See its "
-                "log in the run directory, or raise profile.engine.request_timeout_s"
+                f"engine {url} did not answer within {self._timeout_s:g} s. See its log in the run directory, or raise "
+                "profile.engine.request_timeout_s"
+            ) from cause
+        except aiohttp.ClientError as cause:
+            raise EngineError(
+                f"engine {url} is gone ({type(cause).__name__}: {cause}). Its log in the run directory ends with the "
+                "reason; the same command continues from the last commit"
             ) from cause
         if response.status != 200:
             raise EngineError(f"engine {url} refused a request with status {response.status}: {content[:1000]!r}")

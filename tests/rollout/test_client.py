@@ -89,5 +89,5 @@ def test_a_client_without_engines_says_so() -> None:
 async def test_an_engine_that_is_gone_is_named() -> None:
     """Pins that a refused connection is an EngineError, not an aiohttp one."""
     async with GenerationClient([URL], token="t", timeout_s=5) as client:
-        with pytest.raises(EngineError, match=rf"{URL} did not answer"):
+        with pytest.raises(EngineError, match=rf"{URL} is gone"):
             await client.generate([1], max_new_tokens=1, temperature=1.0)
