@@ -162,7 +162,7 @@ class _Replay:
             return
         self._check(event)
         self._count_ends(event)
-        again = event.event in (schema.REQUEUED, schema.RECOVERED)
+        again = event.event in schema.ISSUED_AGAIN
         self.num_requeued += again
         self.rows[event.ordinal] = InstanceRow(
             ordinal=event.ordinal,
@@ -177,7 +177,7 @@ class _Replay:
         if before is None:
             legal, came_from = event.event == State.ISSUED and event.attempt == 0, "nothing"
         else:
-            attempt = before.attempt + (event.event in (schema.REQUEUED, schema.RECOVERED))
+            attempt = before.attempt + (event.event in schema.ISSUED_AGAIN)
             legal = before.state in schema.MAY_COME_FROM.get(event.event, ()) and event.attempt == attempt
             came_from = f"{before.state}, attempt {before.attempt}"
         if not legal:
@@ -186,6 +186,8 @@ class _Replay:
             )
 
     def _count_ends(self, event: EventRow) -> None:
+        if event.event == schema.REVERTED:
+            self.ended.pop(event.ordinal, None)
         if event.event in (State.COMMITTED, State.DROPPED):
             if event.ordinal in self.ended and State.COMMITTED in (event.event, self.ended[event.ordinal]):
                 self.duplicated.add(event.ordinal)

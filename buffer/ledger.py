@@ -167,9 +167,22 @@ class Ledger:
 
     def last_commit(self) -> Commit | None:
         """What a run continues from; None when nothing is committed yet."""
+        return next(iter(self.commits()), None)
+
+    def commits(self) -> list[Commit]:
+        """All commits, newest first."""
         with self._reporting():
-            row = self._db.execute("SELECT step, checkpoint, state FROM commits ORDER BY step DESC LIMIT 1").fetchone()
-        return None if row is None else Commit(step=row[0], checkpoint=row[1], state=json.loads(row[2]))
+            rows = self._db.execute("SELECT step, checkpoint, state FROM commits ORDER BY step DESC").fetchall()
+        return [Commit(step=step, checkpoint=checkpoint, state=json.loads(state)) for step, checkpoint, state in rows]
+
+    def revert(self, step: int, *, reason: str) -> None:
+        """Go back to the commit of `step`: later ones are void, and what they committed waits to be issued again."""
+        with self._transaction(durable=True):
+            rows = self._db.execute(
+                "SELECT ordinal, attempt FROM instances WHERE state = 'committed' AND step > ?", (step,)
+            ).fetchall()
+            self._move(rows, schema.REVERTED, detail=reason)
+            self._db.execute("DELETE FROM commits WHERE step > ?", (step,))
 
     def recover(self) -> list[Instance]:
         """Requeue all that was on its way when the previous process ended. Returns what waits, in order of issue.
@@ -231,7 +244,7 @@ class Ledger:
 
     def _move(self, rows: Iterable[tuple[int, int]], event: str, *, step: int | None = None, detail: str = "") -> None:
         """Write the new state of ``(ordinal, attempt)`` rows and the event of each, inside the caller's transaction."""
-        again = event in (schema.REQUEUED, schema.RECOVERED)
+        again = event in schema.ISSUED_AGAIN
         state, reason = (State.ISSUED, "") if again else (State(event), detail)
         moved = [(ordinal, attempt + again) for ordinal, attempt in rows]
         self._db.executemany(

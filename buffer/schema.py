@@ -5,6 +5,7 @@
       └─ dropped(reason), when given up while it waits to be issued again
     running, generated, graded ─ requeued → issued, with the next attempt
     running, generated, graded, packed ─ recovered → issued, with the next attempt, after the process ended
+    committed ─ reverted → issued, with the next attempt, when the checkpoint of that commit turned out torn
 
 `instances` holds where each one stands; `events` how it came there, and nothing is ever changed in it. `buffer.audit`
 holds the two against each other.
@@ -38,6 +39,9 @@ REQUEUED = "requeued"
 """Event: back to ISSUED with the next attempt."""
 RECOVERED = "recovered"
 """Event: the same, because the process that had it ended."""
+REVERTED = "reverted"
+"""Event: the same, because the checkpoint it was committed with is torn: no weights know of it any more."""
+ISSUED_AGAIN = frozenset({REQUEUED, RECOVERED, REVERTED})
 STALE = "stale"
 """Event: a result of an older attempt came in and was discarded."""
 REPEATED = "repeated"
@@ -52,6 +56,7 @@ MAY_COME_FROM: dict[str, frozenset[State]] = {
     State.DROPPED: frozenset({State.ISSUED, State.RUNNING, State.GENERATED}),
     REQUEUED: frozenset({State.RUNNING, State.GENERATED, State.GRADED}),
     RECOVERED: frozenset({State.RUNNING, State.GENERATED, State.GRADED, State.PACKED}),
+    REVERTED: frozenset({State.COMMITTED}),
 }
 """Every legal move, by the event it is recorded as."""
 

@@ -11,7 +11,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from buffer.ledger import Ledger
+from buffer.ledger import Commit, Ledger
+from slime.errors import CheckpointError
 from slime.protocols import Buffer, Trainer
 from trainer.checkpoint_dir import list_checkpoints, new_checkpoint, prune_checkpoints, verify_checkpoint
 
@@ -33,22 +34,42 @@ class Checkpoints:
         self._committed = 0
 
     async def restore(self, ledger: Ledger) -> int:
-        """Load the last commit into the trainer. Returns its step, 0 for a run that has none.
+        """Load the newest commit whose checkpoint is whole into the trainer. Returns its step, 0 for a run without one.
+
+        A torn checkpoint costs the steps since the one before: the ledger reverts to that.
 
         Raises:
-            CheckpointError: the committed checkpoint is torn; the message says what to do.
+            CheckpointError: there are commits and none has a whole checkpoint.
         """
-        commit = ledger.last_commit()
-        current = self._root / commit.checkpoint if commit else None
+        commit = await self._newest_whole(ledger)
+        step = commit.step if commit else 0
         for orphan in list_checkpoints(self._root):
-            if current is None or orphan.name > current.name:
+            if commit is None or orphan.name > commit.checkpoint:
                 shutil.rmtree(orphan)
-        if commit is None or current is None:
-            return 0
-        await asyncio.to_thread(verify_checkpoint, current)
-        await self._trainer.load(str(current), version=commit.step)
-        self._committed = commit.step
-        return commit.step
+        if commit:
+            await self._trainer.load(str(self._root / commit.checkpoint), version=step)
+        self._committed = step
+        return step
+
+    async def _newest_whole(self, ledger: Ledger) -> Commit | None:
+        torn: list[str] = []
+        for commit in ledger.commits():
+            try:
+                await asyncio.to_thread(verify_checkpoint, self._root / commit.checkpoint)
+            except CheckpointError as error:
+                torn.append(str(error))
+                continue
+            if torn:
+                logger.warning("%s\ncontinuing from step %d", "\n".join(torn), commit.step)
+                ledger.revert(commit.step, reason="torn checkpoint")
+            return commit
+        if torn:
+            raise CheckpointError(
+                "\n".join(torn)
+                + f"\nNo checkpoint in {self._root} is whole. Restore one from a copy, or start anew in "
+                "another run_dir."
+            )
+        return None
 
     async def commit(self, step: int, *, buffer: Buffer) -> None:
         """Make everything up to `step` durable; does nothing when that is done.

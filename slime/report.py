@@ -157,9 +157,9 @@ def _draw(axes: Any, panel: Panel, rows: Rows) -> None:
 
 
 def _note(axes: Any, text: str, x: float, y: float, *, colour: str, side: str) -> None:
-    """A number beside the end of a curve."""
-    inwards = 6 if side == "left" else 0
-    place = {"xytext": (inwards, 8), "textcoords": "offset points", "ha": side}
+    """A number beside the end of a curve: under its beginning, over its end."""
+    offset = {"left": (6, -14), "right": (0, 8)}[side]
+    place = {"xytext": offset, "textcoords": "offset points", "ha": side}
     axes.annotate(text, (x, y), **place, color=colour, fontweight="bold", annotation_clip=False, parse_math=False)
 
 

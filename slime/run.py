@@ -64,7 +64,6 @@ def run_training(config: RunConfig, *, base_dir: Path) -> None:
             view.phase(f"complete: {commit.step} of {config.num_steps} steps are trained")
             return
         log = stack.enter_context(MetricsLog(config.run_dir))
-        log.truncate(commit.step if commit else -1)
         asyncio.run(_train(config, checked, base_dir=base_dir, ledger=ledger, view=view, log=log))
 
 
@@ -98,6 +97,7 @@ async def _train(
             stack.callback(publisher.close)
             checkpoints = Checkpoints(config.run_dir / "checkpoints", trainer=trainer, keep=config.checkpoint.keep)
             step = await checkpoints.restore(ledger)
+            log.truncate(step)
             buffer = LocalBuffer(
                 ledger,
                 checked.order,

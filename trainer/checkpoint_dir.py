@@ -129,8 +129,7 @@ def _sync(path: Path) -> None:
 
 def _torn(directory: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {directory} is torn: {what}. Remove this directory to continue from the one before it, "
-        "or restore it from a copy"
+        f"checkpoint {directory} is torn: {what}. Restore it from a copy, or let the run go back to one before"
     )
 
 
