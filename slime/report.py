@@ -42,8 +42,6 @@ STYLE = {
 }
 SMOOTHED_STEPS = 9
 """Width of the running mean drawn over a noisy curve."""
-EVAL_MEASURES = {"reward_mean", "response_tokens_mean", "failures"}
-"""What an evaluation measures beside pass@k; its other numbers are parts of the user's score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,9 +202,11 @@ def _pace(rows: Rows) -> str:
 
 
 def _eval_names(rows: Rows) -> list[str]:
-    """Every pass@k and every part of the score that an evaluation measured at least once."""
-    names = sorted({name for row in rows for name in row if name.startswith("eval/")})
-    return [name for name in names if name.rpartition("/")[2] not in EVAL_MEASURES and _points(rows, name)]
+    """Every pass@k, and every part of the user's score, that an evaluation measured at least once."""
+    names = sorted({name for row in rows for name in row})
+    parts = {name.removeprefix("reward_part/") for name in names if name.startswith("reward_part/")}
+    evaluated = [name for name in names if name.startswith("eval/") and _points(rows, name)]
+    return [name for name in evaluated if "/pass@" in name or name.split("/", maxsplit=2)[-1] in parts]
 
 
 def _label(name: str) -> str:

@@ -21,6 +21,7 @@ def record(run_dir: Path, rows: dict[int, dict[str, float]]) -> Path:
 def trained(step: int) -> dict[str, float]:
     return {
         "reward/mean": 0.3 + step / 50,
+        "reward_part/think": 0.5,
         "rollout/response_tokens_mean": 10.0 + step,
         "rollout/tokens_per_s": 2000.0,
         "mismatch/logprob_abs_mean": 0.005,
@@ -67,7 +68,7 @@ def test_the_summary_says_how_far_the_run_came(tmp_path: Path) -> None:
         {0: evaluated(0.25, 0.4)},
         {1: trained(1)},
         {3: {"reward/mean": math.nan, "time/step_s": math.nan}},
-        {1: {"eval/held_out/pass@1": 0.5, "eval/held_out/$weird_{$part\x1b": -3.0, "time/step_s": 0.0}},
+        {1: {"reward_part/$a_{$\x1b": 1.0, "eval/held_out/$a_{$\x1b": -3.0, "eval/pass@1": 0.5, "time/step_s": 0.0}},
     ],
     ids=["whole", "only evaluated", "one step", "nothing finite", "odd names"],
 )
