@@ -83,7 +83,7 @@ def server_environment(
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         "TMPDIR": scratch,
-        # Clients drop an idle connection after 15 s. A server that did so first (SGLang: after 5 s) would sooner or later
+        # Clients drop an idle connection after 15 s. A server that did so first (SGLang: after 5 s) would now and then
         # do it under a request that is just being sent.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
     }
