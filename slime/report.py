@@ -135,6 +135,7 @@ def _panels(rows: Rows) -> list[Panel]:
 def _draw(axes: Any, panel: Panel, rows: Rows) -> None:
     axes.set_title(panel.title)
     curves = {label: points for label, name in panel.curves.items() if (points := _points(rows, name))}
+    highest = max(points[-1][1] for points in curves.values()) if len(curves) > 1 else -math.inf
     for (label, points), colour in zip(curves.items(), COLOURS, strict=False):
         steps, values = [step for step, _ in points], [value for _, value in points]
         if panel.is_noisy:
@@ -143,9 +144,10 @@ def _draw(axes: Any, panel: Panel, rows: Rows) -> None:
             axes.plot(steps, values, color=colour)
         else:
             axes.plot(steps, values, color=colour, marker="o", markersize=5, clip_on=False)
-            _note(axes, f"{values[0]:.3g}", steps[0], values[0], colour=colour, side="left")
+            _note(axes, f"{values[0]:.3g}", steps[0], values[0], colour=colour, offset=(6, -14))
         name = "" if panel.is_noisy else f"{label}  "
-        _note(axes, f"{name}{values[-1]:.3g}", steps[-1], values[-1], colour=colour, side="right")
+        offset = (0, 8) if values[-1] >= highest else (0, -16)
+        _note(axes, f"{name}{values[-1]:.3g}", steps[-1], values[-1], colour=colour, offset=offset)
     _frame(axes, rows)
     values = [value for points in curves.values() for _, value in points]
     if not panel.is_noisy and min(values) >= 0 and max(values) <= 1:
@@ -154,10 +156,9 @@ def _draw(axes: Any, panel: Panel, rows: Rows) -> None:
         axes.margins(y=0.18)
 
 
-def _note(axes: Any, text: str, x: float, y: float, *, colour: str, side: str) -> None:
-    """A number beside the end of a curve: under its beginning, over its end."""
-    offset = {"left": (6, -14), "right": (0, 8)}[side]
-    place = {"xytext": offset, "textcoords": "offset points", "ha": side}
+def _note(axes: Any, text: str, x: float, y: float, *, colour: str, offset: tuple[int, int]) -> None:
+    """A number beside the end of a curve, `offset` points from it."""
+    place = {"xytext": offset, "textcoords": "offset points", "ha": "left" if offset[0] else "right"}
     axes.annotate(text, (x, y), **place, color=colour, fontweight="bold", annotation_clip=False, parse_math=False)
 
 
