@@ -13,7 +13,7 @@ from buffer.dataset import read_sft_rows
 from rollout.tokenizer import Tokenizer
 from slime.cluster import Cluster
 from slime.config import SftRunConfig
-from slime.errors import DataError
+from slime.errors import ConfigError, DataError
 from slime.launch import spawn_trainer, worker_spec
 from trainer.hf_config import read_model_config
 from trainer.megatron_options import check_megatron_options
@@ -26,6 +26,10 @@ def run_sft(config: SftRunConfig) -> None:
     Raises:
         SlimeError: what is wrong with the model, the data or the run.
     """
+    if config.sft.output.exists():
+        raise ConfigError(
+            f"sft.output = {config.sft.output}: exists already.\nRemove it, or give another with --set sft.output=PATH."
+        )
     read_model_config(config.model.path)
     check_megatron_options(config.profile.trainer.megatron)
     rows = _tokenize(config)

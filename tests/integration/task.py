@@ -103,8 +103,9 @@ class Training:
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.02)
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+    def interrupt(self) -> None:
+        """Ctrl-C: a terminal sends it to the driver and to whatever shares its process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def text(self) -> str:
         """What it printed."""
