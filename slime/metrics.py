@@ -39,6 +39,11 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def evaluated_steps(run_dir: Path) -> set[int]:
+    """Steps whose weights have been evaluated."""
+    return {row["step"] for row in read(run_dir) if any(name.startswith("eval/") for name in row)}
+
+
 class MetricsLog:
     """Appends the rows of one run directory. Use as a context manager, or `close` it."""
 

@@ -10,7 +10,7 @@ from rollout.rollout import Rollout
 from slime.config import RunConfig
 from slime.errors import HookError, boundary
 from slime.evaluation import Evaluator
-from slime.metrics import MetricsLog, read
+from slime.metrics import MetricsLog, evaluated_steps
 from slime.preflight import Checked
 from slime.types import Group, Metrics, Prompt, Sample, Score
 from slime.view import Example, RunView
@@ -37,7 +37,7 @@ class Reporting:
             pass_reward=config.eval.pass_reward,
             concurrency=config.rollout.prompts_per_step * 2,
         )
-        self._evaluated = {row["step"] for row in read(config.run_dir) if any(name.startswith("eval/") for name in row)}
+        self._evaluated = evaluated_steps(config.run_dir)
 
     async def evaluate(self, step: int) -> None:
         """Evaluate the weights after `step`: before the first step, every so many, and after the last."""
@@ -45,6 +45,7 @@ class Reporting:
         if not (due and self._prompts) or step in self._evaluated:
             return
         metrics, groups = await self._evaluator()
+        self._evaluated.add(step)
         self._log.write(step, metrics)
         self._view.evaluated(step, metrics, example=_example(self._prompts[0], groups[0]))
 

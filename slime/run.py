@@ -30,7 +30,7 @@ from slime.grading import Grader, informative, keep_all, no_verdicts
 from slime.hooks import load_hook
 from slime.launch import spawn_engines, spawn_trainer, worker_spec
 from slime.loop import BuildBatch, Run, run_loop, unless
-from slime.metrics import MetricsLog
+from slime.metrics import MetricsLog, evaluated_steps
 from slime.placement import ColocatedPlacement
 from slime.preflight import Checked, check_run, save_config
 from slime.publisher import SharedMemoryPublisher, staging_directory
@@ -59,12 +59,18 @@ def run_training(config: RunConfig, *, base_dir: Path) -> None:
         save_config(config)
         ledger = stack.enter_context(Ledger(config.run_dir))
         view = stack.enter_context(RunView(str(config.run_dir), num_steps=config.num_steps))
-        commit = ledger.last_commit()
-        if commit and commit.step >= config.num_steps:
-            view.phase(f"complete: {commit.step} of {config.num_steps} steps are trained")
+        if _is_complete(config, checked, ledger):
+            view.phase(f"complete: {config.num_steps} steps are trained; raise num_steps to go on")
             return
         log = stack.enter_context(MetricsLog(config.run_dir))
         asyncio.run(_train(config, checked, base_dir=base_dir, ledger=ledger, view=view, log=log))
+
+
+def _is_complete(config: RunConfig, checked: Checked, ledger: Ledger) -> bool:
+    commit = ledger.last_commit()
+    if commit is None or commit.step < config.num_steps:
+        return False
+    return not checked.split.eval or commit.step in evaluated_steps(config.run_dir)
 
 
 async def _train(
