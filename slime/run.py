@@ -54,8 +54,8 @@ def run_training(config: RunConfig, *, base_dir: Path) -> None:
         SlimeError: what went wrong; everything that was committed is kept.
         StopRun: a signal asked to stop; what was trained is committed.
     """
+    checked = check_run(config, base_dir=base_dir)
     with RunLock(config.run_dir), ExitStack() as stack:
-        checked = check_run(config, base_dir=base_dir)
         save_config(config)
         ledger = stack.enter_context(Ledger(config.run_dir))
         view = stack.enter_context(RunView(str(config.run_dir), num_steps=config.num_steps))

@@ -111,7 +111,7 @@ def test_bad_input_is_refused_before_anything_starts(task: Path, change: Change)
     output = start(task)
     for text in expected:
         assert text in output
-    assert not (task / "run/metrics.jsonl").exists()
+    assert not (task / "run").exists()
     assert "ray" not in sys.modules
 
 
