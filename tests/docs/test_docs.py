@@ -1,8 +1,8 @@
 """What the documentation shows is what the program takes.
 
-A block of TOML is a run file, or a part of one if it has no `run_dir`; the fence of a profile is ``toml profile``. Python
-that is a reward or a hook says so in its fence too: ``python reward:NAME``, ``python hook:KEY:NAME``. Command lines
-stand after ``$`` in ``console`` blocks.
+A block of TOML is a run file, or a part of one if it has no `run_dir`; the fence of a profile is ``toml profile``.
+Python that is a reward or a hook says so in its fence too: ``python reward:NAME``, ``python hook:KEY:NAME``. Command
+lines stand after ``$`` in ``console`` blocks.
 """
 
 from __future__ import annotations
@@ -238,12 +238,14 @@ def test_every_command_line_shown_is_one_that_slime_takes(place: str, line: str,
     assert command is not None
     options = command.make_context(name, list(arguments), parent=click.Context(main)).params
     if "assignments" in options:
-        config = SftRunConfig if name == "sft" else RunConfig
-        part = '[sft]\ndata = "d"\nnum_steps = 1\noutput = "o"\n' if name == "sft" else ""
-        base = '[model]\npath = "model"\n' + part if name == "sft" else 'run_dir = "runs/x"\n' + BASE
-        (tmp_path / "run.toml").write_text(base)
         profile = options["profile"] if options["profile"] in shipped_profiles() else "cpu"
-        load_config(tmp_path / "run.toml", config, profile=profile, assignments=options["assignments"])
+        file = tmp_path / "run.toml"
+        if name == "sft":
+            file.write_text('model.path = "m"\nsft = { data = "d", num_steps = 1, output = "o" }\n')
+            load_config(file, SftRunConfig, profile=profile, assignments=options["assignments"])
+        else:
+            file.write_text('run_dir = "runs/x"\n' + BASE)
+            load_config(file, RunConfig, profile=profile, assignments=options["assignments"])
 
 
 def test_the_commands_were_found() -> None:
