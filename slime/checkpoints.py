@@ -19,6 +19,12 @@ from trainer.checkpoint_dir import list_checkpoints, new_checkpoint, prune_check
 logger = logging.getLogger(__name__)
 
 
+async def export_model(trainer: Trainer, path: Path) -> None:
+    """Write the trained weights as a Hugging Face directory, in place of what an earlier end of the run wrote."""
+    shutil.rmtree(path, ignore_errors=True)
+    await trainer.export(str(path))
+
+
 class Checkpoints:
     """The checkpoints of a run directory.
 

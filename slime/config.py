@@ -51,8 +51,8 @@ class DataConfig(Table):
 class RolloutConfig(Table):
     prompts_per_step: PositiveInt = 16
     """Groups trained in one step."""
-    samples_per_prompt: PositiveInt = 8
-    """Samples of each group."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Samples of each group; one alone would have nothing to be compared with."""
     max_response_tokens: PositiveInt = 512
     """A longer answer is cut there and counted as truncated."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -184,7 +184,7 @@ class EngineConfig(Table):
     request_timeout_s: Seconds = 600.0
     """Deadline of one generation request."""
     deterministic: bool = False
-    """Sample from seeds of (run seed, prompt, sample), so that a run can be repeated bit for bit. Slower decoding."""
+    """Sample from seeds of (run seed, prompt, epoch, sample): a run repeats bit for bit. Slower decoding."""
     base_port: Annotated[int, Field(ge=1024, le=65000)] | None = None
     """First port to try; by default free ones are taken."""
     sglang: dict[str, Any] = {}

@@ -5,7 +5,7 @@
     rollout_worker × N          ▼                                        │
       generate ─▶ grade ─▶ keep?│─────────────────────────────────────────┘
                                 ▼
-    train: evaluate ─▶ take ─▶ build_batch ─▶ train_step ─▶ commit ─▶ publish ─▶ published(version) ─▶ report
+    train: evaluate ─▶ take ─▶ build_batch ─▶ train_step ─▶ report ─▶ commit ─▶ publish ─▶ published(version)
 
 A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a
 full step, woken by `put`; meanwhile the engines also answer the evaluation of the same weights. With max_staleness = 0
@@ -103,35 +103,43 @@ async def rollout_worker(run: Run) -> None:
 
 
 async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
-    """Take, train, commit, publish, step by step."""
-    async with run.placement.publishing():
-        await run.publisher.publish(run.trainer.version)
-    run.buffer.published(run.trainer.version)
-    generating_since = time.perf_counter()
+    """Take, train, report, commit, publish, step by step.
+
+    A step is reported before it is committed: killed in between, a run takes it again and reports it again, while a
+    commit without its report would leave a hole. Its times reach back to the report before.
+    """
+    clock = Clock(run.on_phase)
+    with clock("publish"):
+        published = await _publish(run)
     for step in range(first_step, run.num_steps + 1):
-        clock = Clock(run.on_phase)
+        generating_since = time.perf_counter()
         with clock("eval"):
             await unless(stop, run.evaluate(step - 1))
         with clock("generate"):
             groups = await unless(stop, run.buffer.take(run.groups_per_step, step=step))
-        generation_s = time.perf_counter() - generating_since
+        speed = {"rollout/tokens_per_s": _num_tokens(groups) / (time.perf_counter() - generating_since)}
         batch = run.build_batch(groups, version=run.trainer.version)
         async with run.placement.training():
             with clock("train"):
-                metrics = await run.trainer.train_step(batch)
+                trained = await run.trainer.train_step(batch)
+            run.on_step(step, groups, published | speed | trained | clock.metrics())
+            clock = Clock(run.on_phase)
             with clock("commit"):
                 if step % run.commit_every == 0 or step == run.num_steps:
                     await run.commit(step)
         with clock("publish"):
-            async with run.placement.publishing():
-                metrics |= await run.publisher.publish(run.trainer.version)
-        run.buffer.published(run.trainer.version)
-        generating_since = time.perf_counter()
-        run.on_step(step, groups, metrics | clock.metrics() | {"rollout/tokens_per_s": _tokens(groups) / generation_s})
+            published = await _publish(run)
     await unless(stop, run.evaluate(run.num_steps))
 
 
-def _tokens(groups: Sequence[Group]) -> int:
+async def _publish(run: Run) -> Metrics:
+    async with run.placement.publishing():
+        metrics = await run.publisher.publish(run.trainer.version)
+    run.buffer.published(run.trainer.version)
+    return metrics
+
+
+def _num_tokens(groups: Sequence[Group]) -> int:
     return sum(sample.num_response_tokens for group in groups for sample in group.samples)
 
 

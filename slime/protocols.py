@@ -164,6 +164,6 @@ class GradeHook(Protocol):
 
 
 class OnStepHook(Protocol):
-    """Called after every committed step."""
+    """Called after every training step."""
 
     def __call__(self, step: int, metrics: Metrics) -> None: ...

@@ -22,7 +22,7 @@ from rewards.pool import RewardPool
 from rollout.client import GenerationClient
 from rollout.rollout import Rollout
 from rollout.tokenizer import Tokenizer
-from slime.checkpoints import Checkpoints
+from slime.checkpoints import Checkpoints, export_model
 from slime.cluster import Cluster
 from slime.config import RunConfig
 from slime.errors import HookError, boundary
@@ -70,7 +70,7 @@ def _is_complete(config: RunConfig, checked: Checked, ledger: Ledger) -> bool:
     commit = ledger.last_commit()
     if commit is None or commit.step < config.num_steps:
         return False
-    return not checked.split.eval or commit.step in evaluated_steps(config.run_dir)
+    return commit.step > config.num_steps or not checked.split.eval or commit.step in evaluated_steps(config.run_dir)
 
 
 async def _train(
@@ -114,6 +114,7 @@ async def _train(
             )
             reporting = Reporting(config, checked, rollout=rollout, pool=pool, log=log, view=view)
             samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+            placement = ColocatedPlacement(engines=processes.engines, trainer=trainer)
             run = Run(
                 num_steps=config.num_steps,
                 groups_per_step=config.rollout.prompts_per_step,
@@ -124,7 +125,7 @@ async def _train(
                 keep=_keep(config, checked),
                 build_batch=_build_batch(config, base_dir=base_dir),
                 trainer=trainer,
-                placement=ColocatedPlacement(engines=processes.engines, trainer=trainer),
+                placement=placement,
                 publisher=publisher,
                 commit=partial(checkpoints.commit, buffer=buffer),
                 evaluate=reporting.evaluate,
@@ -132,6 +133,9 @@ async def _train(
                 on_step=reporting.step,
             )
             await run_loop(run, first_step=step + 1, stop=stop)
+            view.phase("writing the trained model")
+            async with placement.training():
+                await export_model(trainer, config.run_dir / "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +183,13 @@ def _keep(config: RunConfig, checked: Checked) -> Callable[[Group], str]:
 
         def choose(group: Group) -> str:
             with boundary(HookError, f"buffer.filter {config.buffer.filter}"):
-                return hook(group)
+                reason = hook(group)
+            if not isinstance(reason, str):
+                raise HookError(
+                    f"buffer.filter {config.buffer.filter} returned {reason!r}: expected a string.\n"
+                    'Return "" to keep the group, or the reason to drop it.'
+                )
+            return reason
 
     else:
         choose = informative if config.buffer.filter == "informative" else keep_all

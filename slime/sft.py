@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -18,6 +19,8 @@ from slime.launch import spawn_trainer, worker_spec
 from trainer.hf_config import read_model_config
 from trainer.megatron_options import check_megatron_options
 from trainer.sft import SftRow, build_sft_batch
+
+logger = logging.getLogger(__name__)
 
 
 def run_sft(config: SftRunConfig) -> None:
@@ -44,6 +47,8 @@ def _tokenize(config: SftRunConfig) -> list[SftRow]:
         for row in read_sft_rows(config.sft.data)
     ]
     fitting = [row for row in rows if len(row.prompt_tokens) + len(row.response_tokens) <= tokenizer.max_length]
+    if len(fitting) < len(rows):
+        logger.warning("left out %d of %d rows: longer than the model's context", len(rows) - len(fitting), len(rows))
     if not fitting:
         raise DataError(
             f"{config.sft.data}: none of its {len(rows)} rows fits the model's context of {tokenizer.max_length} "

@@ -83,11 +83,11 @@ def recorder(tmp_path: Path) -> Iterator[Recorder]:
         yield Recorder(ledger)
 
 
-async def test_a_step_is_trained_committed_published_and_evaluated_in_this_order(recorder: Recorder) -> None:
-    """A commit after the publish could lose a step that engines already answer with."""
+async def test_a_step_is_trained_reported_committed_published_and_evaluated_in_this_order(recorder: Recorder) -> None:
+    """A commit after the publish could lose a step that engines answer with; one before the report leaves a hole."""
     await recorder.start()
     assert recorder.events == [
-        "evaluate 0", "step 1", "evaluate 1", "commit 2", "step 2", "evaluate 2", "commit 3", "step 3", "evaluate 3",
+        "evaluate 0", "step 1", "evaluate 1", "step 2", "commit 2", "evaluate 2", "step 3", "commit 3", "evaluate 3",
     ]  # fmt: skip
     assert recorder.publisher.versions == [0, 1, 2, 3], "published before the first rollout and after every step"
     assert recorder.placement.turns == ["publishing", *["training", "publishing"] * 3]
