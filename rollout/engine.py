@@ -152,7 +152,7 @@ class SGLangEngine:
         payload = base64.b64encode(named_tensor_payload(manifest)).decode()
         await self._post(
             "/update_weights_from_tensor",
-            serialized_named_tensors=[payload] * self._config.tensor_parallel,
+            serialized_named_tensors=[payload],
             load_format=LOAD_FORMAT,
             flush_cache=True,
         )

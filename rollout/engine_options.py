@@ -30,7 +30,7 @@ CUDA_OPTIONS: dict[str, Any] = {"enable_memory_saver": True}  # offload and onlo
 OWNED = {
     "model_path": "model.path",
     "device": "profile.device",
-    "tp_size": "profile.engine.tensor_parallel",
+    "tp_size": None,
     "port": "profile.engine.base_port",
     "max_running_requests": "profile.engine.max_running_requests",
     "enable_deterministic_inference": "profile.engine.deterministic",
@@ -56,7 +56,6 @@ def server_options(model_path: str, *, config: EngineConfig, device: str, port: 
     return {
         "model_path": model_path,
         "device": device,
-        "tp_size": config.tensor_parallel,
         "host": "127.0.0.1",
         "port": port,
         # Both keys: with only one, either generation or the weight and pause endpoints would be open to everyone.

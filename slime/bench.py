@@ -121,10 +121,10 @@ def _alone(profile: Profile) -> None:
     """Make this process the only training rank."""
     import torch
 
-    from trainer.model import initialize_distributed
+    from trainer.model import initialize_distributed, local_device
 
     torch.set_num_threads(profile.threads_per_process)
-    device = torch.device(profile.device)
+    device = local_device(profile.device)
     initialize_distributed(rank=0, world_size=1, address="127.0.0.1", port=0, timeout_s=60, seed=0, device=device)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from buffer.ledger import Commit, Ledger
 from slime.errors import CheckpointError
 from slime.protocols import Buffer, Trainer
-from trainer.checkpoint_dir import list_checkpoints, new_checkpoint, prune_checkpoints, verify_checkpoint
+from trainer.checkpoint_dir import new_checkpoint, prune_checkpoints, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Checkpoints:
         """
         commit = await self._newest_whole(ledger)
         step = commit.step if commit else 0
-        for orphan in list_checkpoints(self._root):
-            if commit is None or orphan.name > commit.checkpoint:
-                shutil.rmtree(orphan)
+        for path in self._root.glob("step_*"):
+            if commit is None or path.name > commit.checkpoint:
+                shutil.rmtree(path)
         if commit:
             await self._trainer.load(str(self._root / commit.checkpoint), version=step)
         self._committed = step

@@ -87,6 +87,23 @@ class Cluster:
                 "Free devices, or choose a smaller profile with --profile."
             )
 
+        self._require_one_machine()
+
+    def _require_one_machine(self) -> None:
+        """Weights are published through memory that engines and trainer share."""
+        from ray.util.placement_group import placement_group_table
+
+        places = placement_group_table(self._group)["bundles_to_node_id"].values()
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
+        here = self._ray.util.get_node_ip_address()
+        elsewhere = sorted({addresses[node] for node in places} - {here})
+        if elsewhere:
+            self.close()
+            raise ConfigError(
+                f"Ray placed part of the run on {', '.join(elsewhere)}, and this command runs on {here}.\n"
+                "Give the command on a machine with enough free devices, or choose a profile with fewer."
+            )
+
     def spawn(
         self,
         cls: type,

@@ -21,6 +21,7 @@ FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
 """A path that is relative to the file it is written in."""
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -76,7 +77,7 @@ class RewardConfig(Table):
     num_workers: PositiveInt = 2
     """Worker processes."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """The run stops when a larger share of a step's samples got no verdict: no training on rubbish."""
+    """The run stops when more of the last step's worth of samples got no verdict: no training on rubbish."""
 
 
 class LossConfig(Table):
@@ -102,7 +103,7 @@ class AdvantageConfig(Table):
 
 
 class OptimizerConfig(Table):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Final learning rate as a share of `lr`; 1.0 with the constant schedule."""
@@ -112,7 +113,7 @@ class OptimizerConfig(Table):
     """Steps of linear warm-up from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay (AdamW); biases and norms are spared."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     """AdamW's moment decays."""
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm; a larger gradient is scaled down to it."""
@@ -174,9 +175,7 @@ class PlacementConfig(Table):
 
 class EngineConfig(Table):
     num_engines: PositiveInt = 1
-    """SGLang servers."""
-    tensor_parallel: PositiveInt = 1
-    """Devices of each."""
+    """SGLang servers, one device each."""
     max_running_requests: PositiveInt = 128
     """Sequences one engine decodes at a time."""
     start_timeout_s: Seconds = 300.0
@@ -222,7 +221,7 @@ class Profile(Table):
     @property
     def num_devices(self) -> int:
         """Devices a colocated run takes turns on."""
-        return max(self.engine.num_engines * self.engine.tensor_parallel, self.trainer.num_ranks)
+        return max(self.engine.num_engines, self.trainer.num_ranks)
 
 
 class RunConfig(Table):

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -78,8 +79,11 @@ def shipped_profiles() -> list[str]:
 
 
 def machine_profile() -> str:
-    """The shipped profile that fits this machine, by its NVIDIA devices."""
-    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    """The shipped profile that fits this machine, by its NVIDIA devices and by what is installed.
+
+    `make setup` installs packages for CPUs; an engine on a GPU needs SGLang's kernels besides.
+    """
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if find_spec("sgl_kernel") else 0
     return "cpu" if num_gpus == 0 else "1gpu" if num_gpus < 8 else "8gpu"
 
 

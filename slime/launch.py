@@ -88,5 +88,9 @@ def worker_spec(
 
 
 def _env(profile: Profile) -> dict[str, str]:
-    """One thread pool of the profile's size, set before any library makes its own; no hub is asked for models."""
-    return {"OMP_NUM_THREADS": str(profile.threads_per_process), "HF_HUB_OFFLINE": "1"}
+    """One thread pool of the profile's size, set before any library makes its own; no hub is asked for models.
+
+    A profile for CPUs hides the devices of a machine that has some: libraries ask what there is, not what is wanted.
+    """
+    environment = {"OMP_NUM_THREADS": str(profile.threads_per_process), "HF_HUB_OFFLINE": "1"}
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if profile.device == "cpu" else {})

@@ -80,7 +80,7 @@ async def run_loop(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
             for worker in workers:
                 worker.cancel()
     except BaseExceptionGroup as failures:
-        first = _first(failures)
+        first = first_failure(failures)
         if isinstance(first, StopRun):
             async with run.placement.training():
                 await run.commit(run.trainer.version)
@@ -158,11 +158,13 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     finally:
         task.cancel()
         stopped.cancel()
+        await asyncio.wait({task, stopped})  # what is cancelled may still have to close what it opened
 
 
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_failure(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that began it; a task group wraps even a single one."""
     first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 class Clock:

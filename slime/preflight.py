@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from buffer.split import Split, load_split
 from rewards.pool import check_reward
 from rollout.engine import choose_port
 from rollout.engine_options import check_options
+from rollout.tokenizer import Tokenizer
 from slime.config import RunConfig
-from slime.errors import ConfigError, ModelError
+from slime.errors import ConfigError, HookError, ModelError, boundary
 from slime.hooks import load_hook
+from slime.protocols import AdvantageHook, FilterHook, GenerateHook, OnStepHook
+from slime.types import Group
+from trainer.advantage import make_advantage
 from trainer.hf_config import HfConfig, read_model_config
 from trainer.megatron_options import check_megatron_options
 
@@ -27,12 +32,13 @@ MAY_CHANGE = ("run_dir", "num_steps", "eval", "checkpoint", "profile", "hooks")
 class Checked:
     """What the checks have read and loaded."""
 
-    model: HfConfig
+    tokenizer: Tokenizer
     split: Split
     order: PromptOrder
-    generate: Callable[..., Any] | None
-    keep: Callable[..., str] | None
-    on_step: Callable[..., Any] | None
+    generate: GenerateHook | None
+    keep: FilterHook | None
+    advantages: AdvantageHook
+    on_step: OnStepHook | None
 
 
 def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
@@ -43,7 +49,15 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
     """
     _check_continues(config)
     model = check_model(config.model.path, base_dir=base_dir)
+    if config.rollout.max_response_tokens >= model.max_positions:
+        raise ConfigError(
+            f"rollout.max_response_tokens = {config.rollout.max_response_tokens} leaves no room for a prompt in the "
+            f"model's context of {model.max_positions} tokens.\nLower it, or use a model with a longer context."
+        )
     split = load_split(config.data)
+    tokenizer = Tokenizer(str(config.model.path))
+    for prompt in (*split.train[:1], *split.eval[:1]):
+        tokenizer.encode_prompt(prompt)
     check_reward(config.reward, base_dir=base_dir)
     if config.trainer.loss.fn:
         load_hook(
@@ -58,13 +72,17 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
         return load_hook(spec, base_dir=base_dir, what=what, arguments=arguments) if spec else None
 
     checked = Checked(
-        model=model,
+        tokenizer=tokenizer,
         split=split,
         order=PromptOrder(split.train, seed=config.seed, shuffle=config.data.shuffle),
         generate=optional(config.rollout.generate, "rollout.generate", "prompt", "sample", "client"),
         keep=optional(filter_hook, "buffer.filter", "group"),
+        advantages=_advantages(config, base_dir=base_dir),
         on_step=optional(config.hooks.on_step, "hooks.on_step", "step", "metrics"),
     )
+    for what, hook in (("buffer.filter", checked.keep), ("hooks.on_step", checked.on_step)):
+        if inspect.iscoroutinefunction(hook):
+            raise HookError(f"{what} is an async function, and nothing awaits it.\nWrite it with def, or leave it out.")
     engine = config.profile.engine
     check_options(engine.sglang)
     check_megatron_options(config.profile.trainer.megatron)
@@ -72,6 +90,20 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
         for index in range(engine.num_engines):
             choose_port(engine.base_port, index=index)
     return checked
+
+
+def _advantages(config: RunConfig, *, base_dir: Path) -> AdvantageHook:
+    options = config.trainer.advantage
+    if options.fn is None:
+        return make_advantage(options)
+    hook = load_hook(options.fn, base_dir=base_dir, what="trainer.advantage.fn", arguments=["groups"])
+
+    def advantages(groups: Sequence[Group]) -> list[list[float]]:
+        with boundary(HookError, f"trainer.advantage.fn {options.fn}"):
+            values: list[list[float]] = hook(groups)
+            return values
+
+    return advantages
 
 
 def check_model(path: Path, *, base_dir: Path) -> HfConfig:
@@ -90,9 +122,15 @@ def check_model(path: Path, *, base_dir: Path) -> HfConfig:
 
 
 def save_config(config: RunConfig) -> None:
-    """Write the resolved configuration into the run directory."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.json").write_text(config.model_dump_json(indent=1))
+    """Write the resolved configuration into the run directory, whose lock is held; whole or not at all.
+
+    Raises:
+        ConfigError: another start with another configuration came first.
+    """
+    _check_continues(config)
+    unfinished = config.run_dir / "config.json.tmp"
+    unfinished.write_text(config.model_dump_json(indent=1))
+    unfinished.replace(config.run_dir / "config.json")
 
 
 def _check_continues(config: RunConfig) -> None:

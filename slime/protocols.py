@@ -1,4 +1,4 @@
-"""The seams of a run. Each has one contract suite in tests/contracts, run over every implementation and its fake."""
+"""The seams of a run. tests/contracts runs one suite over every implementation of a seam, the fake included."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from slime.types import Group, Lease, Metrics, Prompt, Sample, TrainBatch, Verdict
+from slime.types import Group, Lease, Metrics, Prompt, Sample, TrainBatch
 
 
 class RolloutEngine(Protocol):
@@ -60,10 +60,6 @@ class Trainer(Protocol):
         ...
 
     async def train_step(self, batch: TrainBatch) -> Metrics: ...
-
-    async def logprobs(self, batch: TrainBatch) -> list[list[Any]]:
-        """Current log-probs of every target of the first update: ``[rank][micro-batch] -> float32[T]``."""
-        ...
 
     async def stage_weights(self, directory: str) -> str:
         """Write all weights, under their Hugging Face names, where engines can map them. Returns the manifest."""
@@ -155,12 +151,6 @@ class AdvantageHook(Protocol):
     """One advantage for each sample of each group, from their verdicts."""
 
     def __call__(self, groups: Sequence[Group]) -> list[list[float]]: ...
-
-
-class GradeHook(Protocol):
-    """Give every sample a verdict."""
-
-    async def __call__(self, samples: Sequence[Sample], prompt: Prompt) -> list[Verdict]: ...
 
 
 class OnStepHook(Protocol):

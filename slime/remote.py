@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from slime.cluster import Actor
+from slime.errors import EngineError
 from slime.types import Metrics, MicroBatch, TrainBatch
+
+logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 120.0
 """Pausing, resuming, sleeping and waking."""
@@ -42,8 +46,12 @@ class RemoteEngine:
         await self._actor.call("load_weights", manifest, version=version, timeout_s=STATE_TIMEOUT_S)
 
     async def close(self) -> None:
-        await self._actor.call("close", timeout_s=CONTROL_TIMEOUT_S)
-        self._actor.kill()
+        try:
+            await self._actor.call("close", timeout_s=CONTROL_TIMEOUT_S)
+        except EngineError as error:  # the way out must not hide what led here
+            logger.warning("%s", error)
+        finally:
+            self._actor.kill()
 
 
 class RemoteTrainer:
@@ -60,7 +68,7 @@ class RemoteTrainer:
 
     async def start(self) -> None:
         """Wait until every rank has built and loaded its model."""
-        await self._all("__ray_ready__")
+        await self._all("start")
 
     async def train_step(self, batch: TrainBatch) -> Metrics:
         metrics: Metrics = await self._each("train_step", _by_rank(batch))
@@ -70,13 +78,6 @@ class RemoteTrainer:
     async def sft_step(self, batch: TrainBatch) -> Metrics:
         metrics: Metrics = await self._each("sft_step", _by_rank(batch))
         return metrics | batch.metrics
-
-    async def logprobs(self, batch: TrainBatch) -> list[list[Any]]:
-        calls = [
-            rank.call("logprobs", micro_batches, timeout_s=self._step_timeout_s)
-            for rank, micro_batches in zip(self._ranks, batch.updates[0], strict=True)
-        ]
-        return list(await asyncio.gather(*calls))
 
     async def stage_weights(self, directory: str) -> str:
         manifest: str = await self._all("stage_weights", directory)

@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import click
+
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.lock import RunLock
 from rewards.pool import RewardPool
 from rollout.client import GenerationClient
 from rollout.rollout import Rollout
-from rollout.tokenizer import Tokenizer
 from slime.checkpoints import Checkpoints, export_model
 from slime.cluster import Cluster
 from slime.config import RunConfig
 from slime.errors import HookError, boundary
 from slime.grading import Grader, informative, keep_all, no_verdicts
-from slime.hooks import load_hook
 from slime.launch import spawn_engines, spawn_trainer, worker_spec
-from slime.loop import BuildBatch, Run, run_loop, unless
+from slime.loop import BuildBatch, Run, first_failure, run_loop, unless
 from slime.metrics import MetricsLog, evaluated_steps
 from slime.placement import ColocatedPlacement
 from slime.preflight import Checked, check_run, save_config
@@ -38,9 +38,9 @@ from slime.remote import RemoteEngine, RemoteTrainer
 from slime.reporting import Reporting
 from slime.types import Group
 from slime.view import RunView
-from trainer.advantage import make_advantage
 from trainer.batch import build_batch
 
+PLACEMENTS = {"colocated": ColocatedPlacement}
 FORCED_EXIT = 130
 
 
@@ -58,10 +58,10 @@ def run_training(config: RunConfig, *, base_dir: Path) -> None:
     with RunLock(config.run_dir), ExitStack() as stack:
         save_config(config)
         ledger = stack.enter_context(Ledger(config.run_dir))
-        view = stack.enter_context(RunView(str(config.run_dir), num_steps=config.num_steps))
         if _is_complete(config, checked, ledger):
-            view.phase(f"complete: {config.num_steps} steps are trained; raise num_steps to go on")
+            click.echo(f"{config.run_dir} is complete: {config.num_steps} steps are trained. Raise num_steps to go on.")
             return
+        view = stack.enter_context(RunView(str(config.run_dir), num_steps=config.num_steps))
         log = stack.enter_context(MetricsLog(config.run_dir))
         asyncio.run(_train(config, checked, base_dir=base_dir, ledger=ledger, view=view, log=log))
 
@@ -76,6 +76,7 @@ def _is_complete(config: RunConfig, checked: Checked, ledger: Ledger) -> bool:
 async def _train(
     config: RunConfig, checked: Checked, *, base_dir: Path, ledger: Ledger, view: RunView, log: MetricsLog
 ) -> None:
+    run_dir = config.run_dir.resolve()  # ranks have another working directory
     with _stop_on_signals(view) as stop:
         async with AsyncExitStack() as stack:
             view.phase("starting Ray, engines and trainer")
@@ -91,7 +92,7 @@ async def _train(
             trainer = processes.trainer
             rollout = Rollout(
                 client,
-                Tokenizer(str(config.model.path)),
+                checked.tokenizer,
                 config=config.rollout,
                 seed=config.seed,
                 deterministic=config.profile.engine.deterministic,
@@ -101,7 +102,7 @@ async def _train(
                 trainer=trainer, engines=processes.engines, directory=staging_directory(config.run_dir)
             )
             stack.callback(publisher.close)
-            checkpoints = Checkpoints(config.run_dir / "checkpoints", trainer=trainer, keep=config.checkpoint.keep)
+            checkpoints = Checkpoints(run_dir / "checkpoints", trainer=trainer, keep=config.checkpoint.keep)
             step = await checkpoints.restore(ledger)
             log.truncate(step)
             buffer = LocalBuffer(
@@ -114,7 +115,7 @@ async def _train(
             )
             reporting = Reporting(config, checked, rollout=rollout, pool=pool, log=log, view=view)
             samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-            placement = ColocatedPlacement(engines=processes.engines, trainer=trainer)
+            placement = PLACEMENTS[config.profile.placement.mode](engines=processes.engines, trainer=trainer)
             run = Run(
                 num_steps=config.num_steps,
                 groups_per_step=config.rollout.prompts_per_step,
@@ -123,7 +124,7 @@ async def _train(
                 rollout=rollout,
                 grade=Grader(pool.grade, max_failure_rate=config.reward.max_failure_rate, window=samples_per_step),
                 keep=_keep(config, checked),
-                build_batch=_build_batch(config, base_dir=base_dir),
+                build_batch=_build_batch(config, checked),
                 trainer=trainer,
                 placement=placement,
                 publisher=publisher,
@@ -135,7 +136,7 @@ async def _train(
             await run_loop(run, first_step=step + 1, stop=stop)
             view.phase("writing the trained model")
             async with placement.training():
-                await export_model(trainer, config.run_dir / "model")
+                await export_model(trainer, run_dir / "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +170,24 @@ async def _processes(config: RunConfig, *, base_dir: Path) -> AsyncIterator[Proc
         engines = spawn_engines(cluster, config, log_dir=logs, token=token)
         for engine in engines:
             stack.push_async_callback(engine.close)
-        async with asyncio.TaskGroup() as starts:
-            urls = [starts.create_task(engine.start()) for engine in engines]
-            trainer = starts.create_task(spawn_trainer(cluster, spec, profile=profile))
+        try:
+            async with asyncio.TaskGroup() as starts:
+                ready = [starts.create_task(_start(engine, asleep=profile.device == "cuda")) for engine in engines]
+                if profile.device == "cuda":  # engines measure free memory while they start, then give theirs back
+                    await asyncio.gather(*ready)
+                trainer = starts.create_task(spawn_trainer(cluster, spec, profile=profile))
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from None
         stack.push_async_callback(trainer.result().close)
-        yield Processes(engines=engines, urls=[url.result() for url in urls], token=token, trainer=trainer.result())
+        yield Processes(engines=engines, urls=[url.result() for url in ready], token=token, trainer=trainer.result())
+
+
+async def _start(engine: RemoteEngine, *, asleep: bool) -> str:
+    url = await engine.start()
+    if asleep:  # the first publish wakes it
+        await engine.pause()
+        await engine.offload()
+    return url
 
 
 def _keep(config: RunConfig, checked: Checked) -> Callable[[Group], str]:
@@ -196,15 +210,10 @@ def _keep(config: RunConfig, checked: Checked) -> Callable[[Group], str]:
     return lambda group: no_verdicts(group) or choose(group)
 
 
-def _build_batch(config: RunConfig, *, base_dir: Path) -> BuildBatch:
-    options = config.trainer.advantage
-    if options.fn:
-        advantages = load_hook(options.fn, base_dir=base_dir, what="trainer.advantage.fn", arguments=["groups"])
-    else:
-        advantages = make_advantage(options)
+def _build_batch(config: RunConfig, checked: Checked) -> BuildBatch:
     return partial(
         build_batch,
-        advantages=advantages,
+        advantages=checked.advantages,
         aggregation=config.trainer.loss.aggregation,
         updates_per_step=config.trainer.updates_per_step,
         num_ranks=config.profile.trainer.num_ranks,

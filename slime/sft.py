@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
+from math import nan
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -85,7 +86,7 @@ async def _fine_tune(config: SftRunConfig, rows: Sequence[SftRow]) -> None:
                     tokens_per_microbatch=profile.trainer.tokens_per_microbatch,
                 )
             )
-            progress.update(task, advance=1, description=f"sft: loss {metrics['loss/sft']:.3f}")
+            progress.update(task, advance=1, description=f"sft: loss {metrics.get('loss/sft', nan):.3f}")
         await trainer.export(str(config.sft.output))
     progress.console.print(f"sft: {config.sft.num_steps} steps; model in {config.sft.output}", soft_wrap=True)
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from slime.errors import CheckpointError, EngineError
 from slime.types import Group, Lease, Metrics, Sample, TrainBatch
@@ -72,9 +71,6 @@ class FakeTrainer:
         self.version += 1
         self.batches.append(batch)
         return {"loss/policy": 0.0} | batch.metrics
-
-    async def logprobs(self, batch: TrainBatch) -> list[list[Any]]:
-        return [[micro_batch.rollout_logprobs for micro_batch in rank] for rank in batch.updates[0]]
 
     async def stage_weights(self, directory: str) -> str:
         Path(directory).mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import fmean
 
 SPARKS = "▁▂▃▄▅▆▇█"
-STEP_PARTS = ("generate", "reward", "train", "publish", "commit", "eval", "other")
+STEP_PARTS = ("generate", "train", "publish", "commit", "eval", "other")
 """What a step's time goes to: ``time/<part>_s``; ``other`` is what ``time/step_s`` leaves over."""
 
 LEAST_SHARE = 0.015

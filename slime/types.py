@@ -65,7 +65,7 @@ class Failed:
     """No verdict: the reward could not judge. Never turned into a number."""
 
     kind: str
-    """One word: ``timeout``, ``raised``, ``bad_value`` or ``worker_died``."""
+    """One word: ``timeout``, ``raised``, ``bad_value``, ``worker_died``, ``not_generated``, or a user's own."""
     detail: str
     retryable: bool = False
 

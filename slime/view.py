@@ -26,7 +26,6 @@ from slime.text import clock, percentages, printable, series, sparkline, time_sh
 
 PART_COLOURS = {
     "generate": "cyan",
-    "reward": "yellow",
     "train": "magenta",
     "publish": "blue",
     "commit": "green",

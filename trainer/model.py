@@ -74,6 +74,11 @@ def _stay_on_loopback(address: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
 
 
+def local_device(kind: str) -> torch.device:
+    """The one device of this process; where there are several, Ray shows each rank its own only."""
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+
+
 def _rendezvous(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> TCPStore:
     """The store through which ranks find each other. torch alone would have rank 0 listen on every interface."""
     timeout = timedelta(seconds=timeout_s)
@@ -103,7 +108,7 @@ def build_model(
     options = dict(megatron_options or {})
     check_megatron_options(options)
     config = model if isinstance(model, HfConfig) else read_model_config(model)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or local_device("cuda" if torch.cuda.is_available() else "cpu")
     fused = _has_transformer_engine(device)
     try:
         megatron_config = TransformerConfig(**_megatron_fields(config, precision, recompute, fused=fused) | options)

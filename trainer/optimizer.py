@@ -83,6 +83,9 @@ def make_scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=num_updates,
         wd_incr_style="constant",
+        # Only the position comes from a checkpoint: a run that is continued with more steps decays over all of them.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

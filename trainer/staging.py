@@ -8,6 +8,8 @@ ones each time, so an engine that still maps the old ones keeps reading what the
 
 from __future__ import annotations
 
+import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,7 +34,8 @@ def stage(tensors: NamedTensors, *, directory: Path) -> Path:
         TrainerError: the bytes could not be written, for instance because shared memory is full.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(directory)
         for name in ("manifest.json", "weights.bin"):
             (directory / name).unlink(missing_ok=True)
         with open(directory / "weights.bin", "wb", buffering=0) as file:
@@ -44,6 +47,16 @@ def stage(tensors: NamedTensors, *, directory: Path) -> Path:
             f"staging weights in {directory} failed: {cause}. Give shared memory more room (in a container: "
             "--shm-size) or remove what fills it (ls -la /dev/shm)"
         ) from cause
+
+
+def _require_own(directory: Path) -> None:
+    """Others can write to /dev/shm too, and the name can be guessed."""
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise TrainerError(
+            f"{directory} is not a directory that only this user can open: someone else may have made it. "
+            "Remove it, or choose another run_dir, which gives it another name"
+        )
 
 
 def time_stage(tensors: Callable[[], NamedTensors], *, directory: Path) -> tuple[float, float]:

@@ -40,27 +40,36 @@ class WorkerSpec:
 
 
 class TrainWorker:
-    """One rank. Every method but `stage_weights` and `export` must be called on all ranks at once.
-
-    Raises:
-        TrainerError: the ranks did not find each other.
-        ModelError: the model directory is not one that slime can train.
-        HookError: the loss hook cannot be called.
-    """
+    """One rank. Every method but `stage_weights` and `export` must be called on all ranks at once, `start` first."""
 
     def __init__(self, *, rank: int, world_size: int, address: str, port: int, spec: WorkerSpec) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._address = address
+        self._port = port
+        self._spec = spec
+
+    def start(self) -> None:
+        """Meet the other ranks and load the model. Not in the constructor, whose errors Ray would report as a death.
+
+        Raises:
+            TrainerError: the ranks did not find each other.
+            ModelError: the model directory is not one that slime can train.
+            HookError: the loss hook cannot be called.
+        """
         import torch
 
-        from trainer.model import build_model, initialize_distributed
+        from trainer.model import build_model, initialize_distributed, local_device
         from trainer.step import TrainStep
 
+        spec = self._spec
         torch.set_num_threads(spec.num_threads)
-        device = torch.device(spec.device)
+        device = local_device(spec.device)
         initialize_distributed(
-            rank=rank,
-            world_size=world_size,
-            address=address,
-            port=port,
+            rank=self._rank,
+            world_size=self._world_size,
+            address=self._address,
+            port=self._port,
             timeout_s=spec.distributed_timeout_s,
             seed=spec.seed,
             device=device,
@@ -80,8 +89,6 @@ class TrainWorker:
             device=device,
         )
         self._loss = _load_loss(spec)
-        self._spec = spec
-        self._rank = rank
 
     def train_step(self, updates: Sequence[Sequence[MicroBatch]]) -> Metrics:
         """One RL step on this rank's micro-batches: ``updates[update][i]``. The metrics are the same on every rank."""
