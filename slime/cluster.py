@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 START_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 10.0
+LOOPBACK = ("127.0.0.1:", "localhost:")
+OBJECT_STORE_BYTES = 2**29
+"""Of a Ray started here: batches on their way to the ranks are all it holds."""
 
 
 class Actor:
@@ -153,31 +157,43 @@ def _connect(address: str | None, *, num_devices: int) -> Any:
     environment when it is imported, so it is imported here. The switch's name speaks of other systems; on Linux it
     makes the node's address 127.0.0.1, and Ray's services then bind to nothing else.
     """
-    if address is None:
+    if address is None or address.startswith(LOOPBACK):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        _require_answer(address)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if address is None:
         cpus = max(os.cpu_count() or 1, num_devices)
-        ray.init(
-            "local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=2**29,
-            **quiet,
-        )
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         return ray
     try:
         ray.init(address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"profile.placement.ray_address = {address!r}: no Ray cluster answers there ({error}).\n"
-            "Start one with `ray start --head`, or remove the key to let slime start its own."
-        ) from error
+        raise _no_cluster(address, error) from error
     return ray
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for minutes to reach an address where nothing listens."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # "auto": Ray looks it up on this machine
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"profile.placement.ray_address = {address!r}: no Ray cluster answers there ({error}).\n"
+        "Start one with `ray start --head`, or remove the key to let slime start its own."
+    )
 
 
 def _free_address() -> tuple[str, int]:

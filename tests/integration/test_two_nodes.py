@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from slime.cluster import Cluster
+from slime.errors import ConfigError
 from tests.integration.task import Training, audit, make_task, rows
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -61,3 +64,11 @@ def test_a_run_spreads_over_the_nodes_of_a_cluster_it_joins(address: str, tmp_pa
     assert all(row["staleness/max"] == 0 and row["mismatch/logprob_abs_mean"] < 0.03 for row in steps)
     assert {path.name for path in (run.run_dir / "logs").iterdir()} >= {"engine_0.log", "engine_1.log"}
     assert audit(run.run_dir).holds
+
+
+def test_an_address_where_no_cluster_answers_is_refused_at_once(tmp_path: Path) -> None:
+    """Ray alone would try for minutes, without a word."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(ConfigError, match="ray_address"):
+            Cluster(address=f"127.0.0.1:{unused.getsockname()[1]}", num_devices=1, device="cpu")
