@@ -21,13 +21,20 @@ class RunLock:
     removed (removing it would let two runs lock two files of one name).
 
     Raises:
-        LedgerError: another run holds it; the message names that run's process and start.
+        LedgerError: another run holds it; the message names that run's process and start. Or the directory cannot be
+            written.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
-        self._file: IO[str] = (run_dir / "run.lock").open("a+", encoding="utf-8")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = (run_dir / "run.lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise LedgerError(
+                f"run_dir = {run_dir}: no directory to write to ({error}). "
+                "Choose another run_dir, or make this one a directory that this user may write to."
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -150,3 +150,11 @@ def start(task: Path, *assignments: str) -> str:
     assert result.exit_code == 1, result.output
     assert "Traceback" not in result.output
     return result.output
+
+
+def test_a_run_directory_that_cannot_be_one_is_named(task: Path) -> None:
+    """A traceback out of pathlib does not say which key to change."""
+    (task / "run").write_text("a file")
+    output = start(task)
+    assert "run_dir" in output
+    assert str(task / "run") in output
