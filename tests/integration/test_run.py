@@ -69,7 +69,7 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_samples_bit_for_bit(ta
 def test_ctrl_c_commits_what_is_trained_and_the_same_command_goes_on(task: Path) -> None:
     """A run that is stopped between checkpoints must not lose the steps since the last one; a second run is refused."""
     run_dir = task.parent / "stopped"
-    with Training(task, run_dir, "checkpoint.every=100", "num_steps=50") as run:
+    with Training(task, run_dir, "checkpoint.every=100", "num_steps=5000") as run:
         run.wait_for_step(1)
         with Training(task, run_dir) as second:
             assert second.wait() == 1
@@ -81,7 +81,7 @@ def test_ctrl_c_commits_what_is_trained_and_the_same_command_goes_on(task: Path)
     assert committed.num_committed >= 4
     last = max(row["step"] for row in rows(run_dir) if "time/step_s" in row)
     assert (run_dir / f"checkpoints/step_{last:06d}").is_dir()
-    with Training(task, run_dir, "checkpoint.every=100", "num_steps=50") as run:
+    with Training(task, run_dir, "checkpoint.every=100", "num_steps=5000") as run:
         run.wait_for_step(last + 1)
         run.interrupt()
         run.interrupt()
