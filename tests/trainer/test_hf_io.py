@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 from collections.abc import Iterator
@@ -121,21 +122,22 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path) -> None:
     assert_bit_equal(stored(directory), before)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond a few kilobytes: writing fails as on a full disk."""
+    """No file may grow beyond a few kilobytes: writing fails as on a full disk. The test run's own log would, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_no_half_export(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_no_half_export(tmp_path: Path) -> None:
     """Half a directory would pass for a model until someone loads it."""
     directory = make_model(tmp_path / "source")
     model = build_model(directory, precision="bf16")
-    request.getfixturevalue("full_disk")
-    with pytest.raises(ModelError, match="could not be written"):
+    with full_disk(), pytest.raises(ModelError, match="could not be written"):
         write_hf_directory(tmp_path / "out", named_hf_tensors(model), source=directory)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
