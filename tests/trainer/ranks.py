@@ -85,6 +85,7 @@ def _serve(pipe: Connection) -> None:
         try:
             if function is TrainWorker:
                 worker, answer = TrainWorker(**options), None
+                worker.start()
             else:
                 answer = function(worker, *args)
         except BaseException as failure:
