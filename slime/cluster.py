@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 10.0
 LOOPBACK = ("127.0.0.1:", "localhost:")
+CHILDREN_STAY = {"RAY_kill_child_processes_on_worker_exit": "0"}
+"""For actors: Ray would kill an engine's first process alone, before it can end the others and clean up."""
 OBJECT_STORE_BYTES = 2**29
 """Of a Ray started here: batches on their way to the ranks are all it holds."""
 
@@ -125,7 +127,7 @@ class Cluster:
                 num_cpus=0.5,
                 num_gpus=0.5 if self._device == "cuda" else 0,
                 scheduling_strategy=self._in_bundle(bundle),
-                runtime_env={"env_vars": dict(env)},
+                runtime_env={"env_vars": {**CHILDREN_STAY, **env}},
             )
             .remote(*args, **kwargs)
         )

@@ -7,7 +7,6 @@ implementations for this shape.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ class TrainBench:
 
 
 def bench_train(
-    model: Path | None = None,
+    model: Path,
     *,
     precision: Precision = "bf16",
     num_sequences: int = 256,
@@ -50,15 +49,13 @@ def bench_train(
     budget_s: float = 120.0,
     seed: int = 0,
 ) -> TrainBench:
-    """Measure `model`, by default a random Qwen3 of hidden size 128 with 2 layers. Needs `initialize_distributed`.
+    """Measure a Hugging Face directory. Needs `initialize_distributed`.
 
     Lengths are uniform within 40 % of `mean_length`. The round that exceeds `budget_s` is the last.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        path = model or _random_model(Path(scratch), seed=seed)
-        policy = build_model(path, precision=precision)
-        device = next(policy.parameters()).device
-        plain = {name: _plain_model(path, precision, attention=name).to(device) for name in ("sdpa", "eager")}
+    policy = build_model(model, precision=precision)
+    device = next(policy.parameters()).device
+    plain = {name: _plain_model(model, precision, attention=name).to(device) for name in ("sdpa", "eager")}
     sequences = _sequences(policy.hf_config.vocab_size, num_sequences, mean_length, seed=seed, device=device)
     contestants = {"ours": _packed_step(policy, sequences)}
     contestants |= {name: _padded_step(module, sequences) for name, module in plain.items()}
@@ -131,25 +128,6 @@ def _sequences(
     spread = round(0.4 * mean_length)
     lengths = random.integers(mean_length - spread, mean_length + spread, size=num_sequences, endpoint=True)
     return [torch.from_numpy(random.integers(0, vocab_size, size=length)).to(device) for length in lengths]
-
-
-def _random_model(directory: Path, *, seed: int) -> Path:
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.Qwen3Config(
-        vocab_size=192,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
 
 
 def _plain_model(path: Path, precision: Precision, *, attention: str) -> Any:

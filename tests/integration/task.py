@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tests.builders import make_model
 
 SLIME = [str(Path(sys.executable).with_name("slime"))]
 START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 30.0
 
 RUN_FILE = """\
 num_steps = 4
@@ -73,13 +76,14 @@ class Training:
         self.run_dir = run_dir
         options = [f"run_dir={run_dir}", *assignments]
         self.output = run_dir.with_name(f"{run_dir.name}.{time.monotonic_ns()}.out")
+        self.scratch = Path(tempfile.mkdtemp(prefix="slime-test-"))
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [*SLIME, "train", str(run_file), "--profile", str(profile or run_file.with_name("profile.toml"))]
                 + [word for option in options for word in ("--set", option)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.scratch)},
                 start_new_session=True,
             )
 
@@ -90,6 +94,7 @@ class Training:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def wait(self) -> int:
         """Its exit status."""
@@ -102,6 +107,13 @@ class Training:
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.02)
+
+    def wait_for_engines_to_end(self) -> None:
+        """Return when every engine has cleaned up after itself, which is the last thing it does."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while left := list(self.scratch.glob("slime-engine-*")):
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.05)
 
     def interrupt(self) -> None:
         """Ctrl-C: a terminal sends it to the driver and to whatever shares its process group."""

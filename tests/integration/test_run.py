@@ -56,6 +56,7 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_samples_bit_for_bit(ta
         run.wait_for_step(3)
         run.process.kill()
         run.process.wait()
+        run.wait_for_engines_to_end()
     with Training(task, run_dir) as run:
         assert run.wait() == 0, run.text()
     result = audit(run_dir)
@@ -86,6 +87,7 @@ def test_ctrl_c_commits_what_is_trained_and_the_same_command_goes_on(task: Path)
         run.interrupt()
         run.interrupt()
         assert run.wait() == 130, run.text()
+        run.wait_for_engines_to_end()
     steps = [row["step"] for row in rows(run_dir) if "time/step_s" in row]
     assert steps == list(range(1, len(steps) + 1)), "the run went on where it had stopped"
     assert audit(run_dir).holds, "twice leaves at once, and the books are right"
