@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slime.types import Group, Prompt, Sample, Score
+from slime.types import Group, Prompt, Sample, Score, TrainBatch
+from trainer.advantage import group_advantages
+from trainer.batch import build_batch
 
 WORDS = ["<pad>", "<s>", "<e>", *map(str, range(-20, 61)), "+", "-", "=", ";", "think", "answer"]
 
@@ -41,6 +43,20 @@ def make_sample(
 def make_group(rewards: Sequence[float] = (0.0, 1.0), *, uid: str = "p0", ordinal: int = 0, **sample: Any) -> Group:
     samples = [make_sample(prompt_uid=uid, index=i, reward=r, **sample) for i, r in enumerate(rewards)]
     return Group(prompt=make_prompt(uid), ordinal=ordinal, epoch=0, attempt=0, samples=samples)
+
+
+def make_batch(groups: Sequence[Group], **options: Any) -> TrainBatch:
+    """One update on one rank, in small micro-batches; `options` of `trainer.batch.build_batch` change that."""
+    defaults = {
+        "advantages": group_advantages,
+        "aggregation": "sequence",
+        "updates_per_step": 1,
+        "num_ranks": 1,
+        "tokens_per_microbatch": 64,
+        "version": 0,
+        "constant_tokens": 100,
+    }
+    return build_batch(groups, **{**defaults, **options})
 
 
 def make_model(

@@ -14,10 +14,8 @@ from slime.config import LossConfig, OptimizerConfig
 from slime.errors import CheckpointError, HookError
 from slime.types import Group, TrainBatch
 from slime.weights import read_manifest
-from tests.builders import make_group, make_model, make_sample
+from tests.builders import make_batch, make_group, make_model, make_sample
 from tests.trainer.ranks import Ranks, gradients, optimizer_state, save_to_a_full_disk, weights, with_old_logprobs
-from trainer.advantage import group_advantages
-from trainer.batch import build_batch
 from trainer.sft import SftRow, build_sft_batch
 from trainer.worker import TrainWorker, WorkerSpec
 
@@ -70,15 +68,7 @@ def groups(seed: int = 0) -> list[Group]:
 
 
 def batch(of: Sequence[Group] | None = None, **options: Any) -> TrainBatch:
-    defaults = {
-        "advantages": group_advantages,
-        "aggregation": "sequence",
-        "updates_per_step": 1,
-        "num_ranks": 1,
-        "tokens_per_microbatch": 64,
-        "version": 0,
-    }
-    return build_batch(of or groups(), **{**defaults, **options})
+    return make_batch(of or groups(), **options)
 
 
 def by_rank(batch: TrainBatch) -> list[Any]:
