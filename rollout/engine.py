@@ -74,7 +74,11 @@ class SGLangEngine:
             ConfigError: an option of ``[profile.engine.sglang]`` does not exist.
             EngineError: the port is taken, or, with the server's last lines, it ended or was not healthy in time.
         """
-        port = choose_port(self._config.base_port, index=self._index)
+        with reserve_port(self._config.base_port, index=self._index) as reservation:
+            await self._start(port=reservation.getsockname()[1])
+        return self._url
+
+    async def _start(self, *, port: int) -> None:
         options = server_options(
             self._model_path, config=self._config, device=self._device, port=port, token=self._token
         )
@@ -95,7 +99,6 @@ class SGLangEngine:
         except BaseException:
             await self.close()
             raise
-        return self._url
 
     async def pause(self) -> None:
         """Stop stepping; requests in flight give up their KV cache, keep their tokens and wait."""
@@ -261,24 +264,30 @@ class SGLangEngine:
         return text
 
 
-def choose_port(base_port: int | None, *, index: int) -> int:
-    """``base_port + index``, or a free port when there is no base.
+def reserve_port(base_port: int | None, *, index: int) -> socket.socket:
+    """Hold ``base_port + index``, or a free port when there is no base, until the returned socket is closed.
+
+    A port that is only found and let go may be an outgoing connection's by the time SGLang binds it, seconds later; it
+    then neither serves nor ends. This one is bound and does not listen: nobody is given it, and a server that sets
+    SO_REUSEADDR, as SGLang's does, may listen on it beside us.
 
     Raises:
-        EngineError: someone listens on ``base_port + index`` already.
+        EngineError: somebody listens on ``base_port + index``.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        wanted = 0 if base_port is None else base_port + index
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError as cause:
-            raise EngineError(
-                f"port {wanted} for engine {index} is taken (profile.engine.base_port = {base_port}). Choose another "
-                "base_port, or leave it out and free ports are found"
-            ) from cause
-        port: int = probe.getsockname()[1]
-        return port
+    reservation = socket.socket()
+    wanted = 0 if base_port is None else base_port + index
+    if base_port is not None:  # connections of an earlier run may linger there
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reservation.bind(("127.0.0.1", wanted))
+    except OSError as cause:
+        reservation.close()
+        raise EngineError(
+            f"port {wanted} for engine {index} is taken (profile.engine.base_port = {base_port}). Choose another "
+            "base_port, or leave it out and free ports are found"
+        ) from cause
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return reservation
 
 
 def named_tensor_payload(manifest: str) -> bytes:

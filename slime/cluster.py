@@ -133,11 +133,11 @@ class Cluster:
         )
         return Actor(handle, name=name, error=error)
 
-    async def free_address(self, *, bundle: int) -> tuple[str, int]:
-        """Host and free port on the node of a bundle, for the training ranks to meet at."""
-        task = self._ray.remote(_free_address).options(num_cpus=0, scheduling_strategy=self._in_bundle(bundle))
-        host, port = await asyncio.wait_for(asyncio.wrap_future(task.remote().future()), START_TIMEOUT_S)
-        return host, port
+    async def address_of(self, *, bundle: int) -> str:
+        """The host that a bundle is on."""
+        task = self._ray.remote(_address).options(num_cpus=0, scheduling_strategy=self._in_bundle(bundle))
+        host: str = await asyncio.wait_for(asyncio.wrap_future(task.remote().future()), START_TIMEOUT_S)
+        return host
 
     def close(self) -> None:
         """Free the bundles, and end the cluster if it was started here. Ends every actor of the run."""
@@ -198,10 +198,8 @@ def _no_cluster(address: str, error: Exception) -> ConfigError:
     )
 
 
-def _free_address() -> tuple[str, int]:
+def _address() -> str:
     import ray
 
-    host = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return host, probe.getsockname()[1]
+    host: str = ray.util.get_node_ip_address()
+    return host

@@ -37,14 +37,11 @@ def spawn_engines(cluster: Cluster, config: RunConfig, *, log_dir: Path, token: 
 
 async def spawn_trainer(cluster: Cluster, spec: WorkerSpec, *, profile: Profile) -> RemoteTrainer:
     """One actor a rank, in bundles 0, 1, ...; returns when every rank holds the model."""
-    address, port = await cluster.free_address(bundle=0)
     ranks = [
         cluster.spawn(
             TrainWorker,
             rank=rank,
             world_size=profile.trainer.num_ranks,
-            address=address,
-            port=port,
             spec=spec,
             bundle=rank,
             name=f"training rank {rank}",
@@ -54,7 +51,7 @@ async def spawn_trainer(cluster: Cluster, spec: WorkerSpec, *, profile: Profile)
         for rank in range(profile.trainer.num_ranks)
     ]
     trainer = RemoteTrainer(ranks, step_timeout_s=profile.trainer.step_timeout_s)
-    await trainer.start()
+    await trainer.start(await cluster.address_of(bundle=0))
     return trainer
 
 

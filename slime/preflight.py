@@ -12,7 +12,7 @@ from typing import Any
 from buffer.order import PromptOrder
 from buffer.split import Split, load_split
 from rewards.pool import check_reward
-from rollout.engine import choose_port
+from rollout.engine import reserve_port
 from rollout.engine_options import check_options
 from rollout.tokenizer import Tokenizer
 from slime.config import RunConfig
@@ -88,7 +88,7 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
     check_megatron_options(config.profile.trainer.megatron)
     if engine.base_port is not None and config.profile.placement.ray_address is None:
         for index in range(engine.num_engines):
-            choose_port(engine.base_port, index=index)
+            reserve_port(engine.base_port, index=index).close()
     return checked
 
 

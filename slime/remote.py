@@ -66,9 +66,10 @@ class RemoteTrainer:
     def version(self) -> int:
         return self._version
 
-    async def start(self) -> None:
-        """Wait until every rank has built and loaded its model."""
-        await self._all("start")
+    async def start(self, address: str) -> None:
+        """Have the ranks meet at `address`, where rank 0 is, and wait until every one has loaded its model."""
+        port = await self._ranks[0].call("listen", address, timeout_s=STATE_TIMEOUT_S)
+        await self._all("start", address, port)
 
     async def train_step(self, batch: TrainBatch) -> Metrics:
         metrics: Metrics = await self._each("train_step", _by_rank(batch))

@@ -34,19 +34,29 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def initialize_distributed(
-    *, rank: int, world_size: int, address: str, port: int, timeout_s: float, seed: int, device: torch.device
+    *,
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    timeout_s: float,
+    seed: int,
+    device: torch.device,
+    listener: socket.socket | None = None,
 ) -> None:
     """Join the process group of all ranks and set Megatron up on it, data-parallel; seed every generator.
 
-    Rank 0 listens on `address`:`port` (0: any free one), and on no other interface. All ranks draw from the same seed:
-    Megatron offsets it where ranks must differ.
+    Rank 0 listens on `address`:`port` (0: any free one), and on no other interface, unless it has a `listener` there
+    already. All ranks draw from the same seed: Megatron offsets it where ranks must differ.
 
     Raises:
         TrainerError: the port is taken, or the ranks did not all come before `timeout_s`.
     """
     _stay_on_loopback(address)
     try:
-        store = _rendezvous(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
+        if rank == 0:
+            listener = listener or socket.create_server((address, port))
+        store = _rendezvous(world_size=world_size, address=address, port=port, timeout_s=timeout_s, listener=listener)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -79,12 +89,13 @@ def local_device(kind: str) -> torch.device:
     return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
 
 
-def _rendezvous(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> TCPStore:
+def _rendezvous(
+    *, world_size: int, address: str, port: int, timeout_s: float, listener: socket.socket | None
+) -> TCPStore:
     """The store through which ranks find each other. torch alone would have rank 0 listen on every interface."""
     timeout = timedelta(seconds=timeout_s)
-    if rank != 0:
+    if listener is None:
         return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    listener = socket.create_server((address, port))
     return TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
 
 

@@ -5,6 +5,7 @@ Importing this module is cheap: torch and Megatron are first imported where a wo
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,16 +41,22 @@ class WorkerSpec:
 
 
 class TrainWorker:
-    """One rank. Every method but `stage_weights` and `export` must be called on all ranks at once, `start` first."""
+    """One rank. `listen` is for rank 0; every method but `stage_weights` and `export` must be called on all ranks at
+    once, `start` first."""
 
-    def __init__(self, *, rank: int, world_size: int, address: str, port: int, spec: WorkerSpec) -> None:
+    def __init__(self, *, rank: int, world_size: int, spec: WorkerSpec) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._address = address
-        self._port = port
         self._spec = spec
+        self._listener: socket.socket | None = None
 
-    def start(self) -> None:
+    def listen(self, address: str) -> int:
+        """Open the port that all ranks meet at, and return it: a free one that was only looked up may be gone."""
+        self._listener = socket.create_server((address, 0))
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def start(self, address: str, port: int) -> None:
         """Meet the other ranks and load the model. Not in the constructor, whose errors Ray would report as a death.
 
         Raises:
@@ -68,8 +75,9 @@ class TrainWorker:
         initialize_distributed(
             rank=self._rank,
             world_size=self._world_size,
-            address=self._address,
-            port=self._port,
+            address=address,
+            port=port,
+            listener=self._listener,
             timeout_s=spec.distributed_timeout_s,
             seed=spec.seed,
             device=device,

@@ -7,7 +7,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from rollout.engine import SGLangEngine, choose_port
+from rollout.engine import SGLangEngine, reserve_port
 from rollout.engine_options import option_names, server_environment, server_options
 from slime.config import EngineConfig
 from slime.errors import ConfigError, EngineError
@@ -64,13 +64,38 @@ def test_a_taken_port_is_named_with_two_ways_out() -> None:
         taken.listen()
         base = taken.getsockname()[1] - 3
         with pytest.raises(EngineError, match=rf"port {base + 3} for engine 3 is taken.*another base_port.*leave it"):
-            choose_port(base, index=3)
+            reserve_port(base, index=3)
 
 
 def test_engines_count_up_from_the_base_port() -> None:
     """Pins that two engines of one run do not want the same port."""
-    free = choose_port(None, index=0)
-    assert choose_port(free - 2, index=2) == free
+    with reserve_port(None, index=0) as free:
+        port = free.getsockname()[1]
+    with reserve_port(port - 2, index=2) as reservation:
+        assert reservation.getsockname()[1] == port
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_reserved_port_is_given_to_nobody_but_the_server(given: bool) -> None:
+    """Pins an engine whose port went to an outgoing connection while it started: it neither served nor ended."""
+    with reserve_port(None, index=0) as free:
+        base = free.getsockname()[1] if given else None
+    with reserve_port(base, index=0) as reservation, socket.socket() as other:
+        address = reservation.getsockname()
+        with pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with socket.create_server(address) as server, socket.create_connection(address) as client:
+            assert server.accept()[1] == client.getsockname()
+
+
+def test_connections_of_an_earlier_run_do_not_take_the_port() -> None:
+    """Pins a run that is refused its own base_port for a minute after it was killed."""
+    with reserve_port(None, index=0) as reservation:
+        address = reservation.getsockname()
+        with socket.create_server(address) as server, socket.create_connection(address) as client:
+            server.accept()[0].close()  # the side that closes first lingers
+            client.recv(1)
+    reserve_port(address[1], index=0).close()
 
 
 async def test_a_call_on_an_engine_that_does_not_run_says_so(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -37,11 +36,11 @@ class Ranks:
         """Make fresh workers in the first `world_size` processes."""
         if self._world_size:
             self.call(TrainWorker.close)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
         self._world_size = world_size
-        place = {"world_size": world_size, "address": "127.0.0.1", "port": port, "spec": spec}
-        self._exchange([(TrainWorker, (), {"rank": rank, **place}) for rank in range(world_size)])
+        workers = [{"rank": rank, "world_size": world_size, "spec": spec} for rank in range(world_size)]
+        self._exchange([(TrainWorker, (), options) for options in workers])
+        (port,) = self._exchange([(TrainWorker.listen, ("127.0.0.1",), {})])
+        self.call(TrainWorker.start, "127.0.0.1", port)
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(worker, *args)`` on every rank."""
@@ -85,7 +84,6 @@ def _serve(pipe: Connection) -> None:
         try:
             if function is TrainWorker:
                 worker, answer = TrainWorker(**options), None
-                worker.start()
             else:
                 answer = function(worker, *args)
         except BaseException as failure:
