@@ -29,7 +29,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[SGLangEngine, str]]:
     """One running engine and its URL, shared: tests that load other weights put the first ones back."""
-    engine = make_engine(model, tmp_path_factory.mktemp("engine"))
+    engine = make_engine(model, tmp_path_factory.mktemp("engine"), sglang={"log_level": "debug"})
     try:
         yield engine, await engine.start()
     finally:
