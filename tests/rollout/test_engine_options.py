@@ -85,7 +85,9 @@ def test_a_reserved_port_is_given_to_nobody_but_the_server(given: bool) -> None:
         with pytest.raises(OSError, match="in use"):
             other.bind(address)
         with socket.create_server(address) as server, socket.create_connection(address) as client:
-            assert server.accept()[1] == client.getsockname()
+            accepted, peer = server.accept()
+            accepted.close()
+            assert peer == client.getsockname()
 
 
 def test_connections_of_an_earlier_run_do_not_take_the_port() -> None:
