@@ -44,6 +44,7 @@ def test_smollm2_trains_on_its_real_weights(tmp_path: Path) -> None:
     folder = EXAMPLES / "smollm2"
     subprocess.run([sys.executable, folder / "prepare.py"], check=True, timeout=280)
     small = ("--set=rollout.prompts_per_step=2", "--set=rollout.samples_per_prompt=4", "--set=num_steps=1")
-    slime("train", str(folder / "run.toml"), f"--set=run_dir={tmp_path}", *SMALL_EVAL, *small)
+    same_tokens = "--set=profile.engine.deterministic=true"  # a mean over a hundred tokens depends on which they are
+    slime("train", str(folder / "run.toml"), f"--set=run_dir={tmp_path}", *SMALL_EVAL, *small, same_tokens)
     _, after = read(tmp_path)
     assert after["mismatch/logprob_abs_mean"] < 0.03

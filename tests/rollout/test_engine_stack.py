@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -26,7 +27,9 @@ BF16_NOISE = 0.06
 
 async def test_a_started_engine_has_its_garbage_collector_frozen(engine: tuple[SGLangEngine, str]) -> None:
     """Pins an offload before every step that walks all objects of the scheduler: a fifth of a small step's time."""
-    assert "Freezing GC in Scheduler process" in engine[0]._log_path.read_text()
+    async with asyncio.timeout(60):  # the scheduler hears of it after the server has answered
+        while "Freezing GC in Scheduler process" not in engine[0]._log_path.read_text():
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
