@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.audit import Audit, audit_run
+from slime.publisher import staging_directory
 from tests.builders import make_model
 
 SLIME = [str(Path(sys.executable).with_name("slime"))]
@@ -94,7 +95,8 @@ class Training:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        for left in (self.scratch, staging_directory(self.run_dir)):
+            shutil.rmtree(left, ignore_errors=True)
 
     def wait(self) -> int:
         """Its exit status."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def stage(tensors: dict[str, torch.Tensor], directory: Path) -> str:
         blob += raw
     (directory / "weights.bin").write_bytes(blob)
     return str(write_manifest(directory, staged, len(blob)))
+
+
+def wait_for_line(log: Path, text: str, *, timeout_s: float = 60) -> None:
+    """Return when an engine has logged `text`."""
+    deadline = time.monotonic() + timeout_s
+    while text not in log.read_text(errors="replace"):
+        assert time.monotonic() < deadline, f"no {text!r} within {timeout_s:g} s in:\n{log.read_text(errors='replace')}"
+        time.sleep(0.05)
 
 
 def tensors_of(model: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rollout.tokenizer import Tokenizer
 from slime.config import RolloutConfig
 from slime.errors import EngineError
 from tests.builders import make_prompt
-from tests.rollout.engines import TOKEN, reference_logprobs, stage, tensors_of, worst
+from tests.rollout.engines import TOKEN, reference_logprobs, stage, tensors_of, wait_for_line, worst
 
 pytestmark = [pytest.mark.stack, pytest.mark.asyncio(loop_scope="module")]
 
@@ -27,9 +26,7 @@ BF16_NOISE = 0.06
 
 async def test_a_started_engine_has_its_garbage_collector_frozen(engine: tuple[SGLangEngine, str]) -> None:
     """Pins an offload before every step that walks all objects of the scheduler: a fifth of a small step's time."""
-    async with asyncio.timeout(60):  # the scheduler hears of it after the server has answered
-        while "Freezing GC in Scheduler process" not in engine[0]._log_path.read_text():
-            await asyncio.sleep(0.05)
+    wait_for_line(engine[0]._log_path, "Freezing GC in Scheduler process")  # it hears of it after the server answered
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
