@@ -10,7 +10,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from buffer import schema
@@ -58,7 +58,7 @@ class Audit:
     num_stale: int
     """Results of older attempts, and results sent twice: discarded."""
     lost: tuple[int, ...]
-    """Issued by the log, and not in the table."""
+    """Issued by the log and not in the table, or graded and without its samples."""
     duplicated: tuple[int, ...]
     """Committed twice, or committed and dropped."""
     unaccounted: tuple[int, ...]
@@ -79,7 +79,7 @@ class Audit:
             + (f" ({dropped})" if dropped else "")
             + f" + in flight {sum(self.in_flight.values())}"
             + (f" ({in_flight})" if in_flight else ""),
-            f"lost {len(self.lost)}, duplicated {len(self.duplicated)}, unaccounted {len(self.unaccounted)}; "
+            f"lost {len(self.lost)} duplicated {len(self.duplicated)} unaccounted {len(self.unaccounted)}; "
             f"requeued {self.num_requeued}, late results discarded {self.num_stale}",
         ]
         return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
@@ -112,11 +112,30 @@ def audit_run(run_dir: Path) -> Audit:
             )
             commits = [step for (step,) in db.execute("SELECT step FROM commits ORDER BY step")]
             damage = [line for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
-            return audit_history(instances, events, commits=commits, damage=damage)
+            audit = audit_history(instances, events, commits=commits, damage=[*damage, *_too_stale(db)])
+            return replace(audit, lost=tuple(sorted({*audit.lost, *_without_samples(db)})))
     except sqlite3.Error as error:
         raise LedgerError(
             f"{path}: SQLite says: {error}. Restore it from a copy, or try `sqlite3 {path.name} .recover`."
         ) from error
+
+
+def _too_stale(db: sqlite3.Connection) -> list[str]:
+    """Committed groups older than the bound: step n is taken by version n - 1."""
+    rows = db.execute(
+        "SELECT ordinal, step - 1 - oldest_version AS staleness FROM instances, meta WHERE state = 'committed' "
+        "AND key = ? AND staleness > CAST(value AS INTEGER) ORDER BY ordinal",
+        (schema.MAX_STALENESS,),
+    )
+    return [f"instance {ordinal}: trained {staleness} versions after its oldest token" for ordinal, staleness in rows]
+
+
+def _without_samples(db: sqlite3.Connection) -> list[int]:
+    rows = db.execute(
+        "SELECT ordinal FROM instances LEFT JOIN payloads USING (ordinal) "
+        "WHERE state IN ('graded', 'packed') AND body IS NULL"
+    )
+    return [ordinal for (ordinal,) in rows]
 
 
 def audit_history(
@@ -167,7 +186,7 @@ class _Replay:
         self.rows[event.ordinal] = InstanceRow(
             ordinal=event.ordinal,
             attempt=event.attempt,
-            state=State.ISSUED if again else event.event,
+            state=schema.leads_to(event.event),
             step=event.step,
             reason="" if again else event.detail,
         )

@@ -1,9 +1,10 @@
 """The ledger: the durable fate of every prompt instance of a run, in SQLite.
 
-Every method is one transaction. In WAL mode with ``synchronous=NORMAL`` it takes some 0.05 ms, a few ms when SQLite
-folds its log into the file, and survives the death of the process. `commit` runs with ``FULL``: it waits for the disk
-(about 10 ms) and makes everything before it survive a power loss. That is short enough for an event loop, so nothing
-here is asynchronous. One process writes (`buffer.lock`); others may read meanwhile.
+Every method is one transaction, or part of the one that `together` holds open. In WAL mode with ``synchronous=NORMAL``
+it takes some 0.05 ms, a few ms when SQLite folds its log into the file, and survives the death of the process. `commit`
+runs with ``FULL``: it waits for the disk (about 10 ms) and makes everything before it survive a power loss. That is
+short enough for an event loop, so nothing here is asynchronous. One process writes (`buffer.lock`); others may read
+meanwhile.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from typing import Any, Self
 
 from buffer import schema
 from buffer.audit import Audit, audit_run
+from buffer.policy import Versions
 from buffer.schema import State
-from slime.errors import LedgerError
+from slime.errors import LedgerError, StorageError
+
+_INSERT_EVENT = "INSERT INTO events (time, ordinal, attempt, event, step, detail) VALUES (?, ?, ?, ?, ?, ?)"
+_INSERT_OUTCOME = (
+    "INSERT OR IGNORE INTO outcomes (ordinal, attempt, prompt_uid, version, num_samples, num_passed, reward_mean, "
+    "response_tokens_mean, dropped) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +41,51 @@ class Instance:
     epoch: int
     attempt: int
     state: State
+    position: int | None
+    """Its place in the order of prompts; None for one that was pushed from outside."""
     step: int | None
     """The training step it is packed into."""
     reason: str
     """Why it was dropped."""
+    versions: Versions | None
+    """The weights that sampled its tokens; while it runs, those that were published when it was admitted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a graded group was worth, trained or not."""
+
+    num_samples: int
+    """Those with a score."""
+    num_passed: int
+    reward_mean: float | None
+    response_tokens_mean: float
+
+    def row(self) -> tuple[int, int, float | None, float]:
+        return self.num_samples, self.num_passed, self.reward_mean, self.response_tokens_mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """A group that was rolled out elsewhere, of any prompt."""
+
+    prompt_uid: str
+    request: str
+    """A name for the request that brought it, by which `Ledger.of_request` finds it again."""
+    payload: bytes
+    versions: Versions
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of an instance's life."""
+
+    time: float
+    attempt: int
+    event: str
+    step: int | None
+    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +108,21 @@ class Ledger:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "ledger.sqlite"
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self._path, isolation_level=None, timeout=30.0)
         with self._reporting():
+            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=30.0)
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 schema.create(self._db)
             schema.check(self._db, self._path)
             self._db.execute("PRAGMA synchronous = NORMAL")
-            row = self._db.execute("SELECT coalesce(max(ordinal) + 1, 0) FROM instances").fetchone()
-            self._next_ordinal: int = row[0]
+            self._depth = 0
+            self._number()
+
+    def _number(self) -> None:
+        last = "SELECT coalesce(max(ordinal) + 1, 0), coalesce(max(position) + 1, 0) FROM instances"
+        ordinal, position = self._db.execute(last).fetchone()
+        self._next_ordinal: int = ordinal
+        self._next_position: int = position
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +140,17 @@ class Ledger:
         """The number of the instance that `issue` takes next: all before it have a fate or are on their way to one."""
         return self._next_ordinal
 
+    @property
+    def next_position(self) -> int:
+        """The place in the order of prompts that is issued next."""
+        return self._next_position
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Make one transaction of several moves: they happen all or none, and cost one commit."""
+        with self._transaction():
+            yield
+
     def bind(self, key: str, value: str) -> None:
         """Tie the ledger to a fact of the run, such as the fingerprint of its prompts.
 
@@ -100,41 +166,143 @@ class Ledger:
                 "Restore what it began with, or start anew in another run_dir."
             )
 
-    def issue(self, prompt_uid: str, *, ordinal: int, epoch: int) -> None:
-        """Record that a prompt takes the next place in the run."""
-        if ordinal != self._next_ordinal:
-            raise LedgerError(f"{self._path}: cannot issue ordinal {ordinal}; the next is {self._next_ordinal}")
+    def issue(self, prompt_uid: str, *, epoch: int, position: int | None, request: str | None = None) -> int:
+        """Record that a prompt takes the next place in the run. Returns its ordinal.
+
+        Args:
+            position: its place in the order of prompts; None for a prompt that is pushed from outside.
+            request: a name for the request that asked for it, by which `of_request` finds it again.
+        """
+        ordinal = self._next_ordinal
         with self._transaction():
             self._db.execute(
-                "INSERT INTO instances (ordinal, prompt_uid, epoch, attempt, state) VALUES (?, ?, ?, 0, ?)",
-                (ordinal, prompt_uid, epoch, State.ISSUED),
+                "INSERT INTO instances (ordinal, prompt_uid, epoch, position, attempt, state, request) "
+                "VALUES (?, ?, ?, ?, 0, ?, ?)",
+                (ordinal, prompt_uid, epoch, position, State.ISSUED, request),
             )
             self._record([(ordinal, 0)], State.ISSUED)
         self._next_ordinal += 1
+        if position is not None:
+            self._next_position = position + 1
+        return ordinal
 
-    def start(self, ordinal: int, *, attempt: int) -> bool:
-        """A rollout worker took the instance.
+    def push(self, groups: Sequence[Pushed]) -> list[int]:
+        """Record groups that were rolled out elsewhere, as issued, run and graded at once. Returns their ordinals.
+
+        For each, the same rows are written as by `issue`, `start` and `graded`.
+        """
+        now = time.time()
+        ordinals = list(range(self._next_ordinal, self._next_ordinal + len(groups)))
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO instances (ordinal, prompt_uid, epoch, attempt, state, oldest_version, newest_version, "
+                "request) VALUES (?, ?, 0, 0, 'graded', ?, ?, ?)",
+                [
+                    (ordinal, group.prompt_uid, group.versions.oldest, group.versions.newest, group.request)
+                    for ordinal, group in zip(ordinals, groups, strict=True)
+                ],
+            )
+            self._db.executemany(
+                "INSERT INTO payloads VALUES (?, ?)",
+                [(ordinal, group.payload) for ordinal, group in zip(ordinals, groups, strict=True)],
+            )
+            self._db.executemany(
+                _INSERT_EVENT,
+                [
+                    (now, ordinal, 0, event, None, "")
+                    for ordinal in ordinals
+                    for event in (State.ISSUED, State.RUNNING, State.GRADED)
+                ],
+            )
+            self._db.executemany(
+                _INSERT_OUTCOME,
+                [
+                    (ordinal, 0, group.prompt_uid, group.versions.oldest, *group.outcome.row(), "")
+                    for ordinal, group in zip(ordinals, groups, strict=True)
+                    if group.outcome
+                ],
+            )
+        self._next_ordinal += len(groups)
+        return ordinals
+
+    def of_request(self, request: str) -> Instance | None:
+        """The instance that an earlier request of this name was answered with."""
+        with self._reporting():
+            return next(self._instances("WHERE request = ?", request), None)
+
+    def start(self, ordinal: int, *, attempt: int, version: int = 0, request: str | None = None) -> bool:
+        """A rollout worker took the instance, with the request of this name, when `version` was published.
 
         Like `generated`, `graded`, `drop` and `requeue` it returns False for a report of an older attempt or one that
         is recorded already: that is counted as an event, and the caller discards what came with it.
         """
-        return self._advance(ordinal, attempt, State.RUNNING)
+        with self._transaction():
+            started = self._advance(ordinal, attempt, State.RUNNING)
+            if started:
+                self._db.execute(
+                    "UPDATE instances SET request = ?, oldest_version = ?, newest_version = ? WHERE ordinal = ?",
+                    (request, version, version, ordinal),
+                )
+            return started
 
     def generated(self, ordinal: int, *, attempt: int) -> bool:
         """Its samples are there."""
         return self._advance(ordinal, attempt, State.GENERATED)
 
-    def graded(self, ordinal: int, *, attempt: int) -> bool:
-        """Its samples have verdicts and are to be trained."""
-        return self._advance(ordinal, attempt, State.GRADED)
+    def graded(
+        self, ordinal: int, *, attempt: int, payload: bytes, versions: Versions, outcome: Outcome | None = None
+    ) -> bool:
+        """Its samples have verdicts and are to be trained: `payload` keeps them until they are."""
+        with self._transaction():
+            graded = self._advance(ordinal, attempt, State.GRADED)
+            if graded:
+                self._db.execute("INSERT OR REPLACE INTO payloads VALUES (?, ?)", (ordinal, payload))
+                self._db.execute(
+                    "UPDATE instances SET oldest_version = ?, newest_version = ? WHERE ordinal = ?",
+                    (versions.oldest, versions.newest, ordinal),
+                )
+                self._note(ordinal, attempt, outcome, version=versions.oldest)
+            return graded
 
-    def drop(self, ordinal: int, *, attempt: int, reason: str) -> bool:
+    def drop(self, ordinal: int, *, attempt: int, reason: str, outcome: Outcome | None = None) -> bool:
         """It will not be trained, for this reason, for good."""
-        return self._advance(ordinal, attempt, State.DROPPED, detail=reason)
+        with self._transaction():
+            dropped = self._advance(ordinal, attempt, State.DROPPED, detail=reason)
+            if dropped:
+                self._forget([ordinal])
+                self._note(ordinal, attempt, outcome, dropped=reason)
+            return dropped
 
-    def requeue(self, ordinal: int, *, attempt: int, reason: str) -> bool:
-        """Give this attempt up: the instance waits to be issued again under the next one."""
-        return self._advance(ordinal, attempt, schema.REQUEUED, detail=reason)
+    def requeue(self, ordinal: int, *, attempt: int, reason: str, partial: bytes | None = None) -> bool:
+        """Give this attempt up: the instance waits to be issued again under the next one.
+
+        Args:
+            partial: samples the next attempt begins with.
+        """
+        with self._transaction():
+            requeued = self._advance(ordinal, attempt, schema.REQUEUED, detail=reason)
+            if requeued:
+                self._forget([ordinal])
+                if partial is not None:
+                    self._db.execute("INSERT INTO payloads VALUES (?, ?)", (ordinal, partial))
+            return requeued
+
+    def payload(self, ordinal: int) -> bytes | None:
+        """The samples of a graded or packed instance, or those a waiting or running one begins with."""
+        with self._reporting():
+            row = self._db.execute("SELECT body FROM payloads WHERE ordinal = ?", (ordinal,)).fetchone()
+        return row[0] if row else None
+
+    def _forget(self, ordinals: Iterable[int]) -> None:
+        self._db.executemany("DELETE FROM payloads WHERE ordinal = ?", [(ordinal,) for ordinal in ordinals])
+
+    def _note(
+        self, ordinal: int, attempt: int, outcome: Outcome | None, *, version: int | None = None, dropped: str = ""
+    ) -> None:
+        if outcome is None:
+            return
+        prompt_uid = self.instance(ordinal).prompt_uid
+        self._db.execute(_INSERT_OUTCOME, (ordinal, attempt, prompt_uid, version, *outcome.row(), dropped))
 
     def pack(self, ordinals: Sequence[int], *, step: int) -> None:
         """Make graded instances the batch of a step, all or none."""
@@ -142,9 +310,16 @@ class Ledger:
         if last is not None and step <= last.step:
             raise LedgerError(f"{self._path}: cannot pack into step {step}: step {last.step} is committed already")
         with self._transaction():
-            for instance in [self._instance(ordinal) for ordinal in ordinals]:
+            for instance in [self.instance(ordinal) for ordinal in ordinals]:
                 self._check_move(instance, State.PACKED)
                 self._move([(instance.ordinal, instance.attempt)], State.PACKED, step=step)
+
+    def release(self) -> list[Instance]:
+        """Unpack every step that is not committed: whoever trained it is gone. Returns what is graded again."""
+        with self._transaction():
+            packed = list(self._instances("WHERE state = 'packed' ORDER BY ordinal"))
+            self._move([(instance.ordinal, instance.attempt) for instance in packed], schema.RELEASED)
+        return packed
 
     def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
         """Commit everything packed up to `step` and make `checkpoint` the current one: the commit point of the run.
@@ -164,6 +339,17 @@ class Ledger:
             ).fetchall()
             for packed_step, ordinal, attempt in packed:
                 self._move([(ordinal, attempt)], State.COMMITTED, step=packed_step)
+            self._forget(ordinal for _, ordinal, _ in packed)
+
+    def next_consumer(self) -> int:
+        """The incarnation of a new consumer: counts from 1, and no number is given twice."""
+        with self._transaction():
+            (number,) = self._db.execute(
+                "INSERT INTO meta VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = CAST(value AS INTEGER) + 1 "
+                "RETURNING CAST(value AS INTEGER)",
+                (schema.CONSUMER,),
+            ).fetchone()
+        return int(number)
 
     def last_commit(self) -> Commit | None:
         """What a run continues from; None when nothing is committed yet."""
@@ -184,21 +370,48 @@ class Ledger:
             self._move(rows, schema.REVERTED, detail=reason)
             self._db.execute("DELETE FROM commits WHERE step > ?", (step,))
 
-    def recover(self) -> list[Instance]:
-        """Requeue all that was on its way when the previous process ended. Returns what waits, in order of issue.
+    def recover(self) -> None:
+        """Requeue all that the previous process had in hand when it ended, and unpack what it had not committed.
 
-        A packed instance is requeued too: its step was not committed, so the weights that trained on it are gone.
+        What is graded stays: its samples are in the ledger, and as good as before.
         """
         with self._transaction():
             rows = self._db.execute(
-                "SELECT ordinal, attempt FROM instances WHERE state IN ('running', 'generated', 'graded', 'packed')"
+                "SELECT ordinal, attempt FROM instances WHERE state IN ('running', 'generated')"
             ).fetchall()
             self._move(rows, schema.RECOVERED)
-        return list(self._instances("WHERE state = 'issued' ORDER BY ordinal"))
+            self.release()
+
+    def open_instances(self) -> Iterator[Instance]:
+        """Every instance that is neither committed nor dropped, in order of issue."""
+        return self._instances("WHERE state NOT IN ('committed', 'dropped') ORDER BY ordinal")
+
+    def partial_ordinals(self) -> set[int]:
+        """The instances to be issued again that have samples to begin with."""
+        with self._reporting():
+            rows = self._db.execute(
+                "SELECT ordinal FROM payloads JOIN instances USING (ordinal) WHERE state = 'issued'"
+            ).fetchall()
+        return {ordinal for (ordinal,) in rows}
 
     def instances(self) -> Iterator[Instance]:
         """Every instance, in order of issue."""
         return self._instances("ORDER BY ordinal")
+
+    def instances_of(self, prompt_uid: str) -> list[Instance]:
+        """Every instance of a prompt, in order of issue."""
+        return list(self._instances("WHERE prompt_uid = ? ORDER BY ordinal", prompt_uid))
+
+    def events_of(self, ordinal: int) -> list[Event]:
+        """The life of an instance, in order."""
+        with self._reporting():
+            rows = self._db.execute(
+                "SELECT time, attempt, event, step, detail FROM events WHERE ordinal = ? ORDER BY seq", (ordinal,)
+            ).fetchall()
+        return [
+            Event(time=when, attempt=attempt, event=event, step=step, detail=detail)
+            for when, attempt, event, step, detail in rows
+        ]
 
     def counts(self) -> dict[State, int]:
         """How many instances stand where; states without any are there with 0."""
@@ -221,7 +434,7 @@ class Ledger:
 
     def _advance(self, ordinal: int, attempt: int, event: str, *, detail: str = "") -> bool:
         with self._transaction():
-            instance = self._instance(ordinal)
+            instance = self.instance(ordinal)
             if attempt < instance.attempt:
                 self._record([(ordinal, attempt)], schema.STALE, detail=event)
                 return False
@@ -245,12 +458,17 @@ class Ledger:
     def _move(self, rows: Iterable[tuple[int, int]], event: str, *, step: int | None = None, detail: str = "") -> None:
         """Write the new state of ``(ordinal, attempt)`` rows and the event of each, inside the caller's transaction."""
         again = event in schema.ISSUED_AGAIN
-        state, reason = (State.ISSUED, "") if again else (State(event), detail)
+        state, reason = (schema.leads_to(event), "" if again else detail)
         moved = [(ordinal, attempt + again) for ordinal, attempt in rows]
         self._db.executemany(
             "UPDATE instances SET state = ?, step = ?, reason = ?, attempt = ? WHERE ordinal = ?",
             [(state, step, reason, attempt, ordinal) for ordinal, attempt in moved],
         )
+        if again:
+            self._db.executemany(
+                "UPDATE instances SET oldest_version = NULL, newest_version = NULL WHERE ordinal = ?",
+                [(ordinal,) for ordinal, _ in moved],
+            )
         self._record(moved, event, step=step, detail=detail)
 
     def _record(
@@ -258,45 +476,58 @@ class Ledger:
     ) -> None:
         now = time.time()
         self._db.executemany(
-            "INSERT INTO events (time, ordinal, attempt, event, step, detail) VALUES (?, ?, ?, ?, ?, ?)",
+            _INSERT_EVENT,
             [(now, ordinal, attempt, event, step, detail) for ordinal, attempt in rows],
         )
 
-    def _instance(self, ordinal: int) -> Instance:
+    def instance(self, ordinal: int) -> Instance:
+        """Where one stands."""
         found = list(self._instances("WHERE ordinal = ?", ordinal))
         if not found:
             raise LedgerError(f"{self._path}: no instance {ordinal} was issued; the last is {self._next_ordinal - 1}")
         return found[0]
 
     def _instances(self, where: str, *values: Any) -> Iterator[Instance]:
-        columns = "ordinal, prompt_uid, epoch, attempt, state, step, reason"
-        for ordinal, uid, epoch, attempt, state, step, reason in self._db.execute(
+        columns = "ordinal, prompt_uid, epoch, position, attempt, state, step, reason, oldest_version, newest_version"
+        for ordinal, uid, epoch, position, attempt, state, step, reason, oldest, newest in self._db.execute(
             f"SELECT {columns} FROM instances {where}", values
         ):
             yield Instance(
                 ordinal=ordinal,
                 prompt_uid=uid,
                 epoch=epoch,
+                position=position,
                 attempt=attempt,
                 state=State(state),
                 step=step,
                 reason=reason,
+                versions=None if oldest is None else Versions(oldest=oldest, newest=newest),
             )
 
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[None]:
+        if self._depth:  # part of a larger one, which commits or rolls back everything
+            yield
+            return
         with self._reporting():
             self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            with self._db:  # commits, or rolls back when anything raises
-                self._db.execute("BEGIN IMMEDIATE")
-                yield
+            self._depth += 1
+            try:
+                with self._db:  # commits, or rolls back when anything raises
+                    self._db.execute("BEGIN IMMEDIATE")
+                    yield
+            except BaseException:
+                self._number()
+                raise
+            finally:
+                self._depth -= 1
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise LedgerError(
+            raise StorageError(
                 f"{self._path}: SQLite says: {error}. If the disk is full, make room and give the same command again: "
                 "nothing recorded is lost. If the file is damaged, restore it from a copy, or choose another run_dir."
             ) from error

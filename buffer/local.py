@@ -1,28 +1,31 @@
-"""The buffer inside one process: pacing, fencing and the ledger, for one event loop.
+"""The buffer of a run: the policy decides, the ledger records, and whoever waits is woken.
 
-    rollout workers ── admit() ──▶ waits for room   woken by published(), drop, requeue, close
-                    ── put(), drop(), requeue() ──▶ ledger, then memory
-    training        ── take() ───▶ waits for groups woken by put(), close; gives up when nothing moves for too long
-                    ── published(), commit() ──▶ ledger, then memory
+    rollout workers ── admit ─▶ lease ── put, drop, requeue ─▶ ledger ─▶ policy ─▶ wake
+                                                                             │
+    training ── published(version), take ◀───────────── groups ◀─────────────┘
+             └─ commit ─▶ ledger
 
-Every method runs to its end without an await but for the two waits, so no lock is needed: what one method changes, no
-other sees half. The ledger is written first: when that fails (a full disk), memory has not changed either.
+Whoever waits (`admit` for room, `take` for a full step) waits for the next change of any kind and looks again. A move
+is in the ledger before it is in memory: a failed write has changed nothing. Nothing but the waits awaits anything, so
+no move can be seen half done.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from buffer.ledger import Instance, Ledger
+from buffer import schema
+from buffer.ledger import Instance, Ledger, Outcome, Pushed
 from buffer.order import PromptOrder
+from buffer.payload import Summary, decode, encode, inspect, summarise, versions_of
+from buffer.policy import Policy, Priority, Running, Versions, Waiting
 from buffer.schema import State
-from slime.errors import DataError, LedgerError, SlimeError, StopRun
+from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StopRun
 from slime.types import Group, Lease
 
 MAX_SHOWN = 8
@@ -43,6 +46,8 @@ class BufferState:
     num_packed: int
     """Taken and not committed yet."""
     num_committed: int
+    capacity: int
+    """How many more may be admitted now."""
     dropped: dict[str, int]
     """By reason, over the whole run."""
     num_requeued: int
@@ -51,29 +56,39 @@ class BufferState:
     """Late or repeated results this process discarded."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """A packed group: its place in the run, and its samples as bytes."""
+
+    ordinal: int
+    epoch: int
+    attempt: int
+    payload: bytes
+
+
 @dataclass(slots=True, kw_only=True)
-class _Running:
+class _Lease:
     lease: Lease
     since: float
     doing: str = "generating"
 
 
 class LocalBuffer:
-    """`slime.protocols.Buffer` over a ledger and an order of prompts.
+    """`slime.protocols.Buffer` over a ledger and an order of prompts, in one process.
 
-    Admission: an instance is leased while ``num_admitted < (version + max_staleness + 1) * prompts_per_step``, where
-    `num_admitted` counts all that are not dropped, and never more than ``num_steps * prompts_per_step``. With
-    ``max_staleness = 0`` exactly one step's groups are out at any time and a dropped one is replaced at once. Nothing
-    is admitted before the first `published`.
-
-    Opening it continues the run the ledger has: what was on its way is admitted again first, in order of issue.
+    Opening it continues the run the ledger has: what was on its way is admitted again first, in order of issue, and
+    what was graded is trained as it is.
 
     Args:
+        policy: admission and its bounds; `buffer.policy` explains them.
+        pass_reward: a sample passes when its reward reaches this; for the statistics of difficulty.
         max_requeues: an instance given back more often than this is dropped, so that one bad prompt or a dead engine
             cannot turn for ever.
         max_drops_in_a_row: the run ends when so many groups in a row are dropped; 64 steps' worth by default.
         stall_timeout_s: `take` gives up when nothing was admitted, put, dropped or requeued for so long. Longer than
             the longest rollout and its reward.
+        recover: whoever had leases and packed groups is gone, and they are given out again. False in a service, whose
+            clients outlive it.
         clock: seconds that only grow.
 
     Raises:
@@ -84,70 +99,70 @@ class LocalBuffer:
         self,
         ledger: Ledger,
         prompts: PromptOrder,
+        policy: Policy,
         *,
-        prompts_per_step: int,
-        num_steps: int,
-        max_staleness: int = 0,
+        pass_reward: float = 1.0,
         max_requeues: int = 8,
         max_drops_in_a_row: int | None = None,
         stall_timeout_s: float = 1800.0,
+        recover: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         ledger.bind("order of prompts", prompts.fingerprint)
+        ledger.bind(schema.MAX_STALENESS, str(policy.max_staleness))
         self._ledger = ledger
         self._prompts = prompts
-        self._prompts_per_step = prompts_per_step
-        self._num_steps = num_steps
-        self._max_staleness = max_staleness
+        self._policy = policy
+        self._pass_reward = pass_reward
         self._max_requeues = max_requeues
-        self._max_drops_in_a_row = max_drops_in_a_row or 64 * prompts_per_step
+        self._max_drops_in_a_row = max_drops_in_a_row or 64 * policy.groups_per_step
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
 
-        self._version: int | None = None
-        self._waiting: list[tuple[int, int]] = []  # heap of (ordinal, attempt)
-        self._running: dict[int, _Running] = {}
-        self._ready: dict[int, Group] = {}
-        self._packed: dict[int, int] = {}  # ordinal → step
-        self._num_committed = 0
+        self._leases: dict[int, _Lease] = {}
         self._dropped: Counter[str] = Counter()
         self._drops_in_a_row: Counter[str] = Counter()
         self._requeues: Counter[int] = Counter()
         self._num_requeued = 0
         self._num_stale = 0
         self._taking = ""
+        self._consumer = 0
         self._closed = False
         self._last_move = clock()
         self._changed = asyncio.Event()
-        self._restore(ledger.recover())
+        if recover:
+            ledger.recover()
+        self._restore()
 
-    async def admit(self) -> Lease:
+    async def admit(self, *, request: str | None = None) -> Lease:
         """Wait until the staleness bound allows one more group, and lease the next prompt instance.
 
         The wait itself has no deadline: it ends with the next publish, and `take` watches that the run moves.
+
+        Args:
+            request: a name for this request; sent again under the same name it gets the same lease.
 
         Raises:
             StopRun: the buffer was closed.
         """
         await asyncio.sleep(0)  # a worker that drops one prompt after the other would not let anyone else run
-        while not self._has_room():
+        if request is not None and (known := self._leased_to(request)):
+            return known
+        while self._closed or not self._policy.capacity:
             await self._change()
-        ordinal, attempt = self._waiting[0] if self._waiting else (self._ledger.next_ordinal, 0)
-        epoch, prompt = self._prompts.prompt_at(ordinal)
-        if not self._waiting:
-            self._ledger.issue(prompt.uid, ordinal=ordinal, epoch=epoch)
-            self._waiting.append((ordinal, attempt))
-        self._ledger.start(ordinal, attempt=attempt)
-        heapq.heappop(self._waiting)
-        lease = Lease(ordinal=ordinal, epoch=epoch, attempt=attempt, prompt=prompt)
-        self._running[ordinal] = _Running(lease=lease, since=self._clock())
+        waiting = self._policy.next_waiting()
+        with self._ledger.together():
+            lease = self._lease(waiting.ordinal, waiting.attempt) if waiting else self._issue()
+            self._ledger.start(lease.ordinal, attempt=lease.attempt, version=self._policy.version or 0, request=request)
+        self._policy.admit(lease.ordinal, lease.attempt)
+        self._leases[lease.ordinal] = _Lease(lease=lease, since=self._clock())
         self._wake()
         return lease
 
     async def generated(self, lease: Lease) -> None:
         """All samples are there and go to be graded. Only for the record: `put` may follow `admit` directly."""
         if self._recorded(self._ledger.generated(lease.ordinal, attempt=lease.attempt)):
-            self._running[lease.ordinal].doing = "grading"
+            self._leases[lease.ordinal].doing = "grading"
 
     async def put(self, lease: Lease, group: Group, *, keep: bool, reason: str = "") -> None:
         """Hand in a graded group, to be trained if `keep`, else dropped on record for `reason`.
@@ -155,38 +170,78 @@ class LocalBuffer:
         A group of an older attempt, or one handed in before, is recorded as such and discarded.
 
         Raises:
-            LedgerError: the group is not of this lease.
+            LedgerError: the group is not of this lease, or holds tokens of weights that were not published yet.
         """
-        if not keep:
-            await self.drop(lease, reason=reason or "filtered")
-            return
-        if (group.ordinal, group.attempt, group.prompt.uid) != (lease.ordinal, lease.attempt, lease.prompt.uid):
+        if (group.ordinal, group.attempt) != (lease.ordinal, lease.attempt):
             raise LedgerError(
                 f"got group {group.id} (attempt {group.attempt}) for the lease of {lease.prompt.uid}:{lease.ordinal} "
                 f"(attempt {lease.attempt}). Return the group built for this lease, or drop the lease."
             )
-        if not group.samples:
-            raise LedgerError(f"group {group.id} has no samples. Drop its lease with a reason instead.")
-        if self._recorded(self._ledger.graded(lease.ordinal, attempt=lease.attempt)):
-            del self._running[lease.ordinal]
-            self._ready[lease.ordinal] = group
-            self._drops_in_a_row.clear()
+        reason = "" if keep else reason or "filtered"
+        payload = encode(group) if keep else b""
+        self._hand_in(lease.ordinal, lease.attempt, summarise(group), payload=payload, drop=reason)
+
+    async def put_payload(self, ordinal: int, attempt: int, payload: bytes, *, drop: str = "") -> bool:
+        """`put`, of the bytes that `buffer.payload` describes; `drop` is the reason why they are not to be trained.
+
+        Returns:
+            False when it was discarded: of an older attempt, or handed in before.
+
+        Raises:
+            DataError: they are no group.
+            LedgerError: as `put`.
+        """
+        return self._hand_in(ordinal, attempt, inspect(payload), payload=payload, drop=drop)
+
+    async def push(self, groups: Sequence[tuple[str, bytes]]) -> list[int | SlimeError]:
+        """Take in graded groups that nobody was leased: rolled out elsewhere, of any prompt. Each is trained once.
+
+        Args:
+            groups: ``(request, payload)`` each. Sent again under the same request's name a group changes nothing.
+
+        Returns:
+            One answer a group: the ordinal of its instance, or why it was not taken in: DataError when it is no group,
+            LedgerError for tokens of weights that were not published yet or are too old already, and BufferFull when
+            the staleness bound admits no more at this weight version.
+        """
+        answers: dict[str, int | SlimeError] = {}
+        accepted: list[Pushed] = []
+        for request, payload in groups:
+            if request in answers:
+                continue
+            if known := self._ledger.of_request(request):
+                answers[request] = known.ordinal
+                continue
+            try:
+                accepted.append(
+                    self._check_push(request, payload, coming=[group.versions.oldest for group in accepted])
+                )
+            except (DataError, LedgerError) as refused:
+                answers[request] = refused
+        ordinals = self._ledger.push(accepted)
+        for ordinal, group in zip(ordinals, accepted, strict=True):
+            answers[group.request] = ordinal
+            self._policy.push(ordinal, versions=group.versions)
+        self._wake()
+        return [answers[request] for request, _ in groups]
 
     async def drop(self, lease: Lease, *, reason: str) -> None:
         """The instance yields nothing: record why. Its place is given to another prompt."""
-        if self._recorded(self._ledger.drop(lease.ordinal, attempt=lease.attempt, reason=reason)):
-            del self._running[lease.ordinal]
-            self._count_drop(reason)
+        self._drop(lease.ordinal, lease.attempt, reason=reason)
 
-    async def requeue(self, lease: Lease, *, reason: str) -> None:
-        """This attempt failed for no fault of the prompt (an engine died): issue the instance again, before new
-        ones."""
-        self._requeue(lease.ordinal, lease.attempt, reason=reason)
+    async def requeue(self, lease: Lease, *, reason: str, partial: Group | None = None) -> None:
+        """This attempt failed for no fault of the prompt (an engine died): issue the instance again, before new ones.
+
+        Args:
+            partial: samples the next attempt begins with; it is issued before those that begin anew.
+        """
+        self._requeue(lease.ordinal, lease.attempt, reason=reason, partial=partial)
 
     async def take(self, num_groups: int, *, step: int) -> list[Group]:
         """Wait for `num_groups` groups and pack them into `step`. Returns them in order of issue, however they came in.
 
-        A group that became older than `max_staleness` while it waited is requeued, not trained.
+        A group that became older than `max_staleness` while it waited is requeued, not trained. Asked again for a step
+        that is packed already, it returns the same groups.
 
         Raises:
             LedgerError: so many groups are never out at a time.
@@ -194,40 +249,62 @@ class LocalBuffer:
             SlimeError: nothing has moved for `stall_timeout_s`; the message says what is waited for.
             StopRun: the buffer was closed.
         """
-        most = (self._max_staleness + 1) * self._prompts_per_step
-        if num_groups > most:
-            raise LedgerError(f"step {step} asks for {num_groups} groups, but at most {most} are out at a time")
-        self._taking = f"step {step} waits for {num_groups} groups"
-        try:
-            while not self._has_ready(num_groups):
-                self._check_drops()
-                await self._change(timeout_s=self._stall_timeout_s)
-        finally:
-            self._taking = ""
-        ordinals = sorted(self._ready)[:num_groups]
-        self._ledger.pack(ordinals, step=step)
-        self._packed.update(dict.fromkeys(ordinals, step))
-        return [self._ready.pop(ordinal) for ordinal in ordinals]
+        return [_group(taken) for taken in await self.take_payloads(num_groups, step=step)]
 
-    def published(self, version: int) -> None:
+    async def take_payloads(self, num_groups: int, *, step: int) -> list[Taken]:
+        """`take`, as bytes."""
+        ordinals = sorted(ordinal for ordinal, packed_step in self._policy.packed.items() if packed_step == step)
+        if not ordinals:
+            ordinals = await self._select(num_groups, step=step)
+            self._ledger.pack(ordinals, step=step)
+            self._policy.pack(ordinals, step=step)
+        return [self._taken(ordinal) for ordinal in ordinals]
+
+    def consume(self) -> int:
+        """Let a new consumer take over: what is packed and not committed is released, and goes to it.
+
+        Returns:
+            Its incarnation. `check_consumer` fences whoever came before.
+        """
+        with self._ledger.together():
+            self._consumer = self._ledger.next_consumer()
+            released = self._ledger.release()
+        for instance in released:
+            assert instance.versions is not None
+            self._policy.release(instance.ordinal, versions=instance.versions)
+        self._wake()
+        return self._consumer
+
+    def check_consumer(self, incarnation: int) -> None:
+        """Refuse a consumer that another has taken over from.
+
+        Raises:
+            Fenced: it is not the last one.
+        """
+        if incarnation != self._consumer:
+            raise Fenced(
+                f"consumer {incarnation} is not the one that trains now, {self._consumer or 'none'}. End this process, "
+                "or let it take over as a new consumer: it continues from the last commit."
+            )
+
+    def leases(self) -> list[Lease]:
+        """What is out, in order of issue."""
+        return [self._leases[ordinal].lease for ordinal in sorted(self._leases)]
+
+    async def published(self, version: int) -> None:
         """Engines now answer as `version`: admission may go on.
 
         Raises:
             LedgerError: they answered as a newer one before.
         """
-        if self._version is not None and version < self._version:
-            raise LedgerError(f"version {version} was published after version {self._version}")
-        self._version = version
+        self._policy.publish(version)
         self._wake()
 
-    def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
+    async def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
         """One atomic, durable transaction: everything packed up to `step` is committed and `checkpoint` is current."""
         self._ledger.commit(step, checkpoint=checkpoint, state=state)
-        done = [ordinal for ordinal, packed_step in self._packed.items() if packed_step <= step]
-        for ordinal in done:
-            del self._packed[ordinal]
+        for ordinal in self._policy.commit(step):
             self._requeues.pop(ordinal, None)
-        self._num_committed += len(done)
 
     def close(self) -> None:
         """End every wait with StopRun. What is on its way stays in the ledger for the next start."""
@@ -236,13 +313,15 @@ class LocalBuffer:
 
     def state(self) -> BufferState:
         """Counts for the live view."""
+        policy = self._policy
         return BufferState(
-            version=self._version,
-            num_waiting=len(self._waiting),
-            num_running=len(self._running),
-            num_ready=len(self._ready),
-            num_packed=len(self._packed),
-            num_committed=self._num_committed,
+            version=policy.version,
+            num_waiting=len(policy.waiting),
+            num_running=len(policy.running),
+            num_ready=len(policy.ready),
+            num_packed=len(policy.packed),
+            num_committed=policy.num_committed,
+            capacity=policy.capacity,
             dropped=dict(self._dropped),
             num_requeued=self._num_requeued,
             num_stale=self._num_stale,
@@ -250,75 +329,212 @@ class LocalBuffer:
 
     def describe(self) -> str:
         """Who waits for what, oldest first, for the watchdog and for error messages."""
-        now = self._clock()
-        running = sorted(self._running.values(), key=lambda entry: entry.since)
+        now, policy = self._clock(), self._policy
+        running = sorted(self._leases.values(), key=lambda entry: entry.since)
         shown = [
             f"{entry.lease.ordinal} ({entry.doing}, attempt {entry.lease.attempt}, {now - entry.since:.0f} s)"
             for entry in running[:MAX_SHOWN]
         ]
         if len(running) > MAX_SHOWN:
             shown.append(f"and {len(running) - MAX_SHOWN} more")
-        room = (
-            "before the first publish" if self._version is None else f"up to {self._limit()} at version {self._version}"
-        )
+        version = policy.version
+        room = "before the first publish" if version is None else f"up to {policy.limit} at version {version}"
         return (
-            f"{self._taking or 'no step waits'}; {len(self._ready)} ready; {len(self._running)} running: "
-            f"{', '.join(shown) or 'none'}; {self._num_admitted()} admitted, {room}; "
-            f"{len(self._waiting)} waiting to be issued again; nothing moved for {now - self._last_move:.0f} s"
+            f"{self._taking or 'no step waits'}; {len(policy.ready)} ready; {len(running)} running: "
+            f"{', '.join(shown) or 'none'}; {policy.num_admitted} admitted, {room}; "
+            f"{len(policy.waiting)} waiting to be issued again; nothing moved for {now - self._last_move:.0f} s"
         )
 
-    # What follows is bookkeeping; nothing in it awaits but `_change`.
+    # What follows is bookkeeping; nothing in it awaits but `_select` and `_change`.
 
-    def _restore(self, waiting: Sequence[Instance]) -> None:
-        for instance in waiting:
-            _, prompt = self._prompts.prompt_at(instance.ordinal)
-            if prompt.uid != instance.prompt_uid:
-                raise LedgerError(
-                    f"instance {instance.ordinal} was prompt {instance.prompt_uid} and would now be {prompt.uid}. "
-                    "Restore the prompts and the seed the run began with, or start anew in another run_dir."
-                )
-        self._waiting = [(instance.ordinal, instance.attempt) for instance in waiting]  # sorted, hence a heap
-        self._num_committed = self._ledger.counts()[State.COMMITTED]
+    def _restore(self) -> None:
+        """Rebuild the policy's view, and the leases that are out, from the ledger."""
+        policy, partial = self._policy, self._ledger.partial_ordinals()
+        counts = self._ledger.counts()
+        policy.num_committed = counts[State.COMMITTED]
         self._dropped.update(self._ledger.drop_reasons())
+        for instance in list(self._ledger.open_instances()):
+            ordinal, attempt = instance.ordinal, instance.attempt
+            match instance.state:
+                case State.ISSUED if instance.position is None:
+                    reason = "its weights are lost, and it came from outside"
+                    self._ledger.drop(ordinal, attempt=attempt, reason=reason)
+                    self._dropped[reason] += 1
+                case State.ISSUED:
+                    self._check_prompt(instance)
+                    priority = Priority.PARTIAL if ordinal in partial else Priority.WAITING
+                    policy.waiting.append(Waiting(priority=priority, ordinal=ordinal, attempt=attempt))
+                case State.RUNNING | State.GENERATED:
+                    self._check_prompt(instance)
+                    assert instance.versions is not None
+                    policy.running[ordinal] = Running(attempt=attempt, version=instance.versions.oldest)
+                    self._leases[ordinal] = _Lease(lease=self._lease(ordinal, attempt), since=self._clock())
+                case State.GRADED:
+                    assert instance.versions is not None
+                    policy.ready[ordinal] = instance.versions
+                case _:
+                    assert instance.step is not None
+                    policy.packed[ordinal] = instance.step
+        policy.waiting.sort()  # sorted, hence a heap
 
-    def _num_admitted(self) -> int:
-        return len(self._running) + len(self._ready) + len(self._packed) + self._num_committed
+    def _check_prompt(self, instance: Instance) -> None:
+        assert instance.position is not None
+        _, prompt = self._prompts.prompt_at(instance.position)
+        if prompt.uid != instance.prompt_uid:
+            raise LedgerError(
+                f"instance {instance.ordinal} was prompt {instance.prompt_uid} and would now be {prompt.uid}. "
+                "Restore the prompts and the seed the run began with, or start anew in another run_dir."
+            )
 
-    def _limit(self) -> int:
-        if self._version is None:
-            return 0
-        return min(self._version + self._max_staleness + 1, self._num_steps) * self._prompts_per_step
+    def _issue(self) -> Lease:
+        position = self._ledger.next_position
+        epoch, prompt = self._prompts.prompt_at(position)
+        ordinal = self._ledger.issue(prompt.uid, epoch=epoch, position=position)
+        return Lease(ordinal=ordinal, epoch=epoch, attempt=0, prompt=prompt)
 
-    def _has_room(self) -> bool:
-        return not self._closed and self._num_admitted() < self._limit()
+    def _lease(self, ordinal: int, attempt: int) -> Lease:
+        instance = self._ledger.instance(ordinal)
+        assert instance.position is not None
+        _, prompt = self._prompts.prompt_at(instance.position)
+        payload = self._ledger.payload(ordinal)
+        return Lease(
+            ordinal=ordinal,
+            epoch=instance.epoch,
+            attempt=attempt,
+            prompt=prompt,
+            partial=(
+                None if payload is None else decode(payload, ordinal=ordinal, epoch=instance.epoch, attempt=attempt)
+            ),
+        )
+
+    def _leased_to(self, request: str) -> Lease | None:
+        known = self._ledger.of_request(request)
+        running = self._leases.get(known.ordinal) if known else None
+        return running.lease if running else None
+
+    def _taken(self, ordinal: int) -> Taken:
+        payload = self._ledger.payload(ordinal)
+        if payload is None:
+            raise LedgerError(f"the samples of instance {ordinal} are missing. Look at the run with `slime audit`.")
+        instance = self._ledger.instance(ordinal)
+        return Taken(ordinal=ordinal, epoch=instance.epoch, attempt=instance.attempt, payload=payload)
+
+    def _hand_in(self, ordinal: int, attempt: int, summary: Summary, *, payload: bytes, drop: str) -> bool:
+        uid = self._ledger.instance(ordinal).prompt_uid
+        if summary.prompt_uid != uid:
+            raise LedgerError(
+                f"got samples of prompt {summary.prompt_uid} for instance {ordinal}, which is prompt {uid}. Return the "
+                "group built for this lease, or drop the lease."
+            )
+        outcome = self._outcome(summary)
+        if drop:
+            return self._drop(ordinal, attempt, reason=drop, outcome=outcome)
+        versions = self._versions(summary)
+        graded = self._recorded(
+            self._ledger.graded(ordinal, attempt=attempt, payload=payload, versions=versions, outcome=outcome)
+        )
+        if graded:
+            del self._leases[ordinal]
+            self._policy.put(ordinal, versions=versions)
+            self._drops_in_a_row.clear()
+        return graded
+
+    def _check_push(self, request: str, payload: bytes, *, coming: Sequence[int]) -> Pushed:
+        summary = inspect(payload)
+        versions = self._versions(summary)
+        if self._policy.staleness(versions) > self._policy.max_staleness:
+            raise LedgerError(
+                f"got tokens of version {versions.oldest} at version {self._policy.version}, with max_staleness = "
+                f"{self._policy.max_staleness}. Roll out with newer weights, or allow more staleness."
+            )
+        if not self._policy.room(versions.oldest, coming=coming):
+            raise BufferFull(
+                f"{self._policy.num_admitted + len(coming)} groups are admitted, and version {self._policy.version} "
+                f"allows {self._policy.limit}, fewer of old tokens. Push again after the next training step, or allow "
+                "more staleness."
+            )
+        return Pushed(
+            prompt_uid=summary.prompt_uid,
+            request=request,
+            payload=payload,
+            versions=versions,
+            outcome=self._outcome(summary),
+        )
+
+    def _versions(self, summary: Summary) -> Versions:
+        """Which weights sampled a group."""
+        if summary.versions is None:
+            raise LedgerError(
+                f"a group of prompt {summary.prompt_uid} has no sampled tokens. Drop its lease with a reason instead."
+            )
+        published = self._policy.version
+        if published is None or summary.versions.newest > published:
+            raise LedgerError(
+                f"a group of prompt {summary.prompt_uid} has tokens of version {summary.versions.newest}, and version "
+                f"{published} is the last that was published. Report the version that the engine itself answered "
+                "with, or publish first."
+            )
+        return summary.versions
+
+    def _outcome(self, summary: Summary) -> Outcome | None:
+        rewards = summary.rewards
+        if not rewards:
+            return None
+        return Outcome(
+            num_samples=len(rewards),
+            num_passed=sum(reward >= self._pass_reward for reward in rewards),
+            reward_mean=sum(rewards) / len(rewards),
+            response_tokens_mean=summary.response_tokens_mean,
+        )
 
     def _recorded(self, recorded: bool) -> bool:
         self._num_stale += not recorded
         self._wake()
         return recorded
 
-    def _requeue(self, ordinal: int, attempt: int, *, reason: str) -> None:
-        if not self._recorded(self._ledger.requeue(ordinal, attempt=attempt, reason=reason)):
-            return
-        self._running.pop(ordinal, None)
-        self._ready.pop(ordinal, None)
-        self._num_requeued += 1
+    def _drop(self, ordinal: int, attempt: int, *, reason: str, outcome: Outcome | None = None) -> bool:
+        dropped = self._recorded(self._ledger.drop(ordinal, attempt=attempt, reason=reason, outcome=outcome))
+        if dropped:
+            del self._leases[ordinal]
+            self._policy.drop(ordinal)
+            self._count_drop(reason)
+        return dropped
+
+    def _requeue(self, ordinal: int, attempt: int, *, reason: str, partial: Group | None = None) -> None:
         self._requeues[ordinal] += 1
-        if self._requeues[ordinal] > self._max_requeues:
-            given_up = f"given up after {self._requeues[ordinal]} attempts: {reason}"
-            self._ledger.drop(ordinal, attempt=attempt + 1, reason=given_up)
-            self._count_drop(given_up)
+        given_up = self._requeues[ordinal] > self._max_requeues or self._ledger.instance(ordinal).position is None
+        samples = None if partial is None or given_up else encode(partial)
+        with self._ledger.together():
+            requeued = self._ledger.requeue(ordinal, attempt=attempt, reason=reason, partial=samples)
+            if requeued and given_up:
+                reason = f"given up after {self._requeues[ordinal]} attempts: {reason}"
+                self._ledger.drop(ordinal, attempt=attempt + 1, reason=reason)
+        if not self._recorded(requeued):
+            return
+        self._leases.pop(ordinal, None)
+        self._num_requeued += 1
+        if given_up:
+            self._policy.give_up(ordinal)
+            self._count_drop(reason)
         else:
-            heapq.heappush(self._waiting, (ordinal, attempt + 1))
+            self._policy.requeue(ordinal, attempt=attempt + 1, partial=samples is not None)
 
-    def _has_ready(self, num_groups: int) -> bool:
-        for group in [group for group in self._ready.values() if self._staleness(group) > self._max_staleness]:
-            self._requeue(group.ordinal, group.attempt, reason="too old")
-        return len(self._ready) >= num_groups
+    async def _select(self, num_groups: int, *, step: int) -> list[int]:
+        self._taking = f"step {step} waits for {num_groups} groups"
+        try:
+            while not (ordinals := self._fit(num_groups)):
+                self._check_drops()
+                await self._change(timeout_s=self._stall_timeout_s)
+        finally:
+            self._taking = ""
+        return ordinals
 
-    def _staleness(self, group: Group) -> int:
-        versions = [sample.oldest_version for sample in group.samples if sample.version_spans]
-        return (self._version or 0) - min(versions) if versions else 0
+    def _fit(self, num_groups: int) -> list[int]:
+        for ordinal, reason in self._policy.unfit().items():
+            group = _group(self._taken(ordinal))
+            group.samples = [sample for sample in group.samples if self._policy.why_unfit(versions_of([sample])) == ""]
+            self._requeue(ordinal, group.attempt, reason=reason, partial=group if group.samples else None)
+        return self._policy.select(num_groups)
 
     def _count_drop(self, reason: str) -> None:
         self._dropped[reason] += 1
@@ -351,3 +567,7 @@ class LocalBuffer:
                 ) from None
         if self._closed:
             raise StopRun("the buffer was closed")
+
+
+def _group(taken: Taken) -> Group:
+    return decode(taken.payload, ordinal=taken.ordinal, epoch=taken.epoch, attempt=taken.attempt)

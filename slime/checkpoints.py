@@ -88,6 +88,6 @@ class Checkpoints:
         final = self._root / f"step_{step:06d}"
         with new_checkpoint(final) as directory:
             await self._trainer.save(str(directory))
-        buffer.commit(step, checkpoint=final.name, state={})
+        await buffer.commit(step, checkpoint=final.name, state={})
         self._committed = step
         prune_checkpoints(self._root, keep=self._keep)

@@ -11,6 +11,9 @@
     ├── TrainerError      a training process failed
     ├── CheckpointError   a checkpoint could not be written or read
     ├── LedgerError       the ledger refuses a transition, or the run directory is in use
+    │   ├── BufferFull    no room for more at this weight version; it is given back when steps are trained
+    │   ├── Fenced        another consumer has taken over since; what this one still says is not recorded
+    │   └── StorageError  the ledger's file cannot be read or written: a full disk, a lock, damage
     └── StopRun           the run was asked to stop (a signal); not a failure
 
 A message says what was got, where, and two ways out. All are picklable, because they cross process boundaries.
@@ -67,6 +70,18 @@ class CheckpointError(SlimeError):
 
 class LedgerError(SlimeError):
     """The ledger refuses a transition, or another run holds the run directory."""
+
+
+class BufferFull(LedgerError):  # noqa: N818  an answer, not an error
+    """The staleness bound admits no more at this weight version. Come again after the next step."""
+
+
+class Fenced(LedgerError):  # noqa: N818  an answer, not an error
+    """Another consumer has taken over since this one last spoke. What was packed for it goes to the other."""
+
+
+class StorageError(LedgerError):
+    """The ledger's file cannot be read or written. What was recorded before stands."""
 
 
 class StopRun(SlimeError):  # noqa: N818  an outcome, not an error

@@ -135,7 +135,7 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
 async def _publish(run: Run) -> Metrics:
     async with run.placement.publishing():
         metrics = await run.publisher.publish(run.trainer.version)
-    run.buffer.published(run.trainer.version)
+    await run.buffer.published(run.trainer.version)
     return metrics
 
 

@@ -119,15 +119,19 @@ class Buffer(Protocol):
         """The instance yields nothing: record why. Its place is given to another prompt."""
         ...
 
+    async def requeue(self, lease: Lease, *, reason: str, partial: Group | None = None) -> None:
+        """This attempt failed for no fault of the prompt: issue the instance again, beginning with `partial`."""
+        ...
+
     async def take(self, num_groups: int, *, step: int) -> list[Group]:
         """Wait for `num_groups` groups and pack them into `step`, in order of issue."""
         ...
 
-    def published(self, version: int) -> None:
+    async def published(self, version: int) -> None:
         """Engines now answer as `version`: admission may go on."""
         ...
 
-    def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
+    async def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
         """One atomic, durable transaction: everything packed up to `step` is committed and `checkpoint` is current."""
         ...
 

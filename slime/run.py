@@ -20,6 +20,7 @@ import click
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.lock import RunLock
+from buffer.policy import Policy
 from rewards.pool import RewardPool
 from rollout.client import GenerationClient
 from rollout.rollout import Rollout
@@ -108,9 +109,12 @@ async def _train(
             buffer = LocalBuffer(
                 ledger,
                 checked.order,
-                prompts_per_step=config.rollout.prompts_per_step,
-                num_steps=config.num_steps,
-                max_staleness=config.buffer.max_staleness,
+                Policy(
+                    groups_per_step=config.rollout.prompts_per_step,
+                    num_steps=config.num_steps,
+                    max_staleness=config.buffer.max_staleness,
+                ),
+                pass_reward=config.eval.pass_reward,
                 stall_timeout_s=config.profile.engine.request_timeout_s + 60 * config.reward.timeout_s,
             )
             reporting = Reporting(config, checked, rollout=rollout, pool=pool, log=log, view=view)

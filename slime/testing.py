@@ -5,6 +5,7 @@ Each passes the same contract suite as the real part.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -61,14 +62,16 @@ class FakeEngine:
 
 
 class FakeTrainer:
-    """A Trainer whose whole state is the number of steps it took."""
+    """A Trainer without a model: its weights are the number of steps it took and a digest of all it was trained on."""
 
     def __init__(self) -> None:
         self.version = 0
+        self.weights = ""
         self.batches: list[TrainBatch] = []
 
     async def train_step(self, batch: TrainBatch) -> Metrics:
         self.version += 1
+        self.weights = _digest(self.weights, batch)
         self.batches.append(batch)
         return {"loss/policy": 0.0} | batch.metrics
 
@@ -82,18 +85,28 @@ class FakeTrainer:
     async def onload(self) -> None: ...
 
     async def save(self, directory: str) -> None:
-        (Path(directory) / "state.json").write_text(json.dumps(self.version))
+        state = {"version": self.version, "weights": self.weights}
+        (Path(directory) / "state.json").write_text(json.dumps(state))
 
     async def load(self, directory: str, *, version: int) -> None:
         saved = json.loads((Path(directory) / "state.json").read_text())
-        if saved != version:
-            raise CheckpointError(f"{directory} holds step {saved}, not {version}")
-        self.version = version
+        if saved["version"] != version:
+            raise CheckpointError(f"{directory} holds step {saved['version']}, not {version}")
+        self.version, self.weights = version, saved["weights"]
 
     async def export(self, directory: str) -> None:
         Path(directory).mkdir()
 
     async def close(self) -> None: ...
+
+
+def _digest(before: str, batch: TrainBatch) -> str:
+    digest = hashlib.blake2b(before.encode(), digest_size=16)
+    for ranks in batch.updates:
+        for microbatch in (microbatch for rank in ranks for microbatch in rank):
+            for array in (microbatch.tokens, microbatch.weights, microbatch.advantages, microbatch.rollout_logprobs):
+                digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 class FakePlacement:

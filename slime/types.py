@@ -161,6 +161,8 @@ class Lease:
     epoch: int
     attempt: int
     prompt: Prompt
+    partial: Group | None = None
+    """Samples of an earlier attempt to begin with: finished ones to keep, aborted ones to continue."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import pytest
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.order import PromptOrder
+from buffer.policy import Policy
 from slime.checkpoints import Checkpoints
 from slime.errors import CheckpointError
 from slime.testing import FakeRollout, FakeTrainer
@@ -33,8 +34,8 @@ class Scene:
 
     async def open(self) -> int:
         step = await self.checkpoints.restore(self.ledger)
-        self.buffer = LocalBuffer(self.ledger, self.order, prompts_per_step=2, num_steps=NUM_STEPS)
-        self.buffer.published(step)
+        self.buffer = LocalBuffer(self.ledger, self.order, Policy(groups_per_step=2, num_steps=NUM_STEPS))
+        await self.buffer.published(step)
         self.rollout = FakeRollout(num_samples=2, version=lambda: self.trainer.version)
         return step
 
@@ -47,7 +48,7 @@ class Scene:
         await self.trainer.train_step(TrainBatch(updates=[], metrics={}))
         if commit:
             await self.checkpoints.commit(step, buffer=self.buffer)
-        self.buffer.published(step)
+        await self.buffer.published(step)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def reopened(scene: Scene) -> Scene:
     return Scene(scene.root.parent, scene.ledger)
 
 
-async def test_a_run_continues_from_its_last_commit_and_requeues_what_came_after(scene: Scene) -> None:
+async def test_a_run_continues_from_its_last_commit_with_the_samples_that_came_after(scene: Scene) -> None:
     """The step after the last commit is trained by weights that are gone: it must be taken again, not counted."""
     await scene.open()
     await scene.step()
@@ -68,7 +69,7 @@ async def test_a_run_continues_from_its_last_commit_and_requeues_what_came_after
     again = reopened(scene)
     assert await again.open() == 1
     assert again.trainer.version == 1
-    assert again.buffer.state().num_waiting == 2
+    assert again.buffer.state().num_ready == 2
     assert again.ledger.audit().holds
 
 

@@ -12,6 +12,7 @@ import pytest
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.order import PromptOrder
+from buffer.policy import Policy
 from slime.errors import PromptError, RewardError, StopRun
 from slime.grading import keep_all
 from slime.loop import Run, run_loop
@@ -34,7 +35,7 @@ class Recorder:
         self.placement = FakePlacement()
         prompts = [make_prompt(f"{i:016x}") for i in range(100)]
         self.buffer = LocalBuffer(
-            ledger, PromptOrder(prompts, seed=0), prompts_per_step=GROUPS_PER_STEP, num_steps=num_steps
+            ledger, PromptOrder(prompts, seed=0), Policy(groups_per_step=GROUPS_PER_STEP, num_steps=num_steps)
         )
         self.run = dict(
             num_steps=num_steps,
@@ -67,7 +68,7 @@ class Recorder:
         return TrainBatch(updates=[], metrics={})
 
     async def commit(self, step: int) -> None:
-        self.buffer.commit(step, checkpoint=f"step_{step}", state={})
+        await self.buffer.commit(step, checkpoint=f"step_{step}", state={})
         self.events.append(f"commit {step}")
 
     async def evaluate(self, step: int) -> None:

@@ -6,12 +6,17 @@ import contextlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from buffer.audit import Audit, audit_run
 from buffer.ledger import Ledger
+from buffer.policy import Versions
 from slime.errors import LedgerError
+
+SAMPLES: dict[str, Any] = {"payload": b"samples", "versions": Versions(oldest=0, newest=0)}
+"""What `graded` is told beside the instance."""
 
 
 @pytest.fixture
@@ -19,25 +24,25 @@ def run_dir(tmp_path: Path) -> Path:
     """Ordinals 0 and 1 committed in step 1, 2 dropped, 3 packed into step 2, 4 running at attempt 1, 5 issued."""
     with Ledger(tmp_path) as ledger:
         for ordinal in range(6):
-            ledger.issue(f"uid{ordinal}", ordinal=ordinal, epoch=0)
+            ledger.issue(f"uid{ordinal}", epoch=0, position=ordinal)
         for ordinal in range(5):
             ledger.start(ordinal, attempt=0)
         for ordinal in (0, 1, 3):
             ledger.generated(ordinal, attempt=0)
-            ledger.graded(ordinal, attempt=0)
+            ledger.graded(ordinal, attempt=0, **SAMPLES)
         ledger.pack([0, 1], step=1)
         ledger.commit(1, checkpoint="step_1", state={})
         ledger.drop(2, attempt=0, reason="too long")
         ledger.pack([3], step=2)
         ledger.requeue(4, attempt=0, reason="engine died")
         ledger.start(4, attempt=1)
-        ledger.graded(4, attempt=0)
+        ledger.graded(4, attempt=0, **SAMPLES)
     return tmp_path
 
 
 def tamper(run_dir: Path, *statements: str) -> Audit:
     with closing(sqlite3.connect(run_dir / "ledger.sqlite", isolation_level=None)) as db:
-        db.execute("DROP TRIGGER events_stay")
+        db.execute("DROP TRIGGER IF EXISTS events_stay")
         for statement in statements:
             db.execute(statement)
     return audit_run(run_dir)
@@ -54,7 +59,7 @@ def test_a_sound_ledger_adds_up(run_dir: Path) -> None:
     assert audit.holds
     assert str(audit) == (
         "issued 6 = committed 2 + dropped 1 (too long 1) + in flight 3 (issued 1, running 1, packed 1)\n"
-        "lost 0, duplicated 0, unaccounted 0; requeued 1, late results discarded 1"
+        "lost 0 duplicated 0 unaccounted 0; requeued 1, late results discarded 1"
     )
 
 
@@ -142,7 +147,19 @@ def test_a_directory_without_ledger_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_can_be_audited_while_it_writes(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
-        ledger.issue("uid0", ordinal=0, epoch=0)
+        ledger.issue("uid0", epoch=0, position=0)
         assert audit_run(tmp_path).num_issued == 1
-        ledger.issue("uid1", ordinal=1, epoch=0)
+        ledger.issue("uid1", epoch=0, position=1)
         assert audit_run(tmp_path).num_issued == 2
+
+
+def test_samples_that_vanished_are_lost(run_dir: Path) -> None:
+    """Pins: a finished group whose tokens are gone, and a step that cannot be filled with what was acknowledged."""
+    assert tamper(run_dir, "DELETE FROM payloads WHERE ordinal = 3").lost == (3,)
+
+
+def test_a_group_trained_beyond_the_bound_is_a_problem(run_dir: Path) -> None:
+    bound = "INSERT INTO meta VALUES ('max_staleness', '1')"
+    late = "UPDATE instances SET oldest_version = -2 WHERE ordinal = 1"
+    assert tamper(run_dir, bound).holds
+    assert tamper(run_dir, late).problems == ("instance 1: trained 2 versions after its oldest token",)

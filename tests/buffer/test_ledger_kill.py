@@ -23,7 +23,9 @@ import json, os, random, sys
 from collections import deque
 from pathlib import Path
 from buffer.ledger import Ledger
+from buffer.policy import Versions
 
+SAMPLES = {"payload": b"samples", "versions": Versions(oldest=0, newest=0)}
 run_dir, seed = Path(sys.argv[1]), int(sys.argv[2])
 rng = random.Random(seed)
 
@@ -31,21 +33,22 @@ def acknowledge(*what):
     os.write(1, json.dumps(what).encode() + b"\\n")
 
 ledger = Ledger(run_dir)
-waiting = deque((i.ordinal, i.attempt) for i in ledger.recover())
+ledger.recover()
+waiting = deque((i.ordinal, i.attempt) for i in ledger.open_instances() if i.state == "issued")
 last = ledger.last_commit()
 step = last.step if last else 0
-graded = []
+graded = [i.ordinal for i in ledger.open_instances() if i.state == "graded"]
+assert all(ledger.payload(ordinal) == b"samples" for ordinal in graded)
 while True:
     if waiting:
         ordinal, attempt = waiting.popleft()
     else:
-        ordinal, attempt = ledger.next_ordinal, 0
-        ledger.issue(f"uid{ordinal}", ordinal=ordinal, epoch=0)
+        ordinal, attempt = ledger.issue("uid", epoch=0, position=ledger.next_position), 0
         acknowledge("issue", ordinal)
     ledger.start(ordinal, attempt=attempt)
     fate = rng.random()
     if attempt and fate < 0.3:
-        assert not ledger.graded(ordinal, attempt=attempt - 1)
+        assert not ledger.graded(ordinal, attempt=attempt - 1, **SAMPLES)
     if fate < 0.1:
         ledger.drop(ordinal, attempt=attempt, reason="filtered")
         acknowledge("drop", ordinal)
@@ -55,17 +58,18 @@ while True:
         waiting.append((ordinal, attempt + 1))
         continue
     ledger.generated(ordinal, attempt=attempt)
-    ledger.graded(ordinal, attempt=attempt)
+    ledger.graded(ordinal, attempt=attempt, **SAMPLES)
     graded.append(ordinal)
     acknowledge("graded", ordinal)
-    if len(graded) == 4:
+    if len(graded) >= 4:
+        graded, later = graded[:4], graded[4:]
         step += 1
         ledger.pack(graded, step=step)
         acknowledge("pack", step)
         if step % 2 == 0:
             ledger.commit(step, checkpoint=f"step_{step}", state={"step": step})
             acknowledge("commit", step)
-        graded = []
+        graded = later
 """
 
 

@@ -13,6 +13,7 @@ import pytest
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.order import PromptOrder
+from buffer.policy import Policy
 from slime.errors import DataError, LedgerError, SlimeError, StopRun
 from slime.types import Group, Lease
 from tests.builders import make_prompt, make_sample
@@ -34,7 +35,12 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def open_buffer(ledger: Ledger, **options: Any) -> LocalBuffer:
-    return LocalBuffer(ledger, order(), **{"prompts_per_step": 4, "num_steps": 10, **options})
+    bounds = {
+        name: options.pop(name)
+        for name in ("groups_per_step", "num_steps", "max_staleness", "wait_for_stragglers")
+        if name in options
+    }
+    return LocalBuffer(ledger, order(), Policy(**{"groups_per_step": 4, "num_steps": 10, **bounds}), **options)
 
 
 async def pause(rng: random.Random, *, most: int = 6) -> None:
@@ -77,7 +83,7 @@ async def test_no_group_is_ever_trained_older_than_the_bound(ledger: Ledger, max
 
     async def train() -> None:
         nonlocal version
-        buffer.published(0)
+        await buffer.published(0)
         for step in range(1, steps + 1):
             groups = await buffer.take(per_step, step=step)
             assert len(groups) == per_step
@@ -86,9 +92,9 @@ async def test_no_group_is_ever_trained_older_than_the_bound(ledger: Ledger, max
                 assert version - min(sample.oldest_version for sample in group.samples) <= max_staleness
             trained.extend(group.ordinal for group in groups)
             await pause(rng, most=30)
-            buffer.commit(step, checkpoint=f"step_{step}", state={})
+            await buffer.commit(step, checkpoint=f"step_{step}", state={})
             version = step
-            buffer.published(version)
+            await buffer.published(version)
 
     workers = [asyncio.ensure_future(worker()) for _ in range(per_step * (max_staleness + 2))]
     try:
@@ -110,14 +116,14 @@ async def test_no_group_is_ever_trained_older_than_the_bound(ledger: Ledger, max
 
 async def test_a_group_too_old_is_requeued_and_not_lost(ledger: Ledger) -> None:
     """Pins: the slow, hard prompt that is thrown away for being slow."""
-    buffer = open_buffer(ledger, max_staleness=1)
-    buffer.published(0)
+    buffer = open_buffer(ledger, max_staleness=1, wait_for_stragglers=False)
+    await buffer.published(0)
     leases = [await buffer.admit() for _ in range(8)]
     for lease in leases[1:5]:
         await buffer.put(lease, group_of(lease), keep=True)
     await buffer.take(4, step=1)
-    buffer.published(1)
-    buffer.published(2)
+    await buffer.published(1)
+    await buffer.published(2)
     await buffer.put(leases[0], group_of(leases[0], version=0), keep=True)
     await buffer.put(leases[5], group_of(leases[5], version=1), keep=True)
     assert [group.ordinal for group in await buffer.take(1, step=2)] == [5]
@@ -129,7 +135,7 @@ async def test_a_group_too_old_is_requeued_and_not_lost(ledger: Ledger) -> None:
 async def test_an_instance_given_back_too_often_is_dropped_with_its_reason(ledger: Ledger) -> None:
     """Pins: one prompt that kills every engine, for ever."""
     buffer = open_buffer(ledger, max_requeues=2)
-    buffer.published(0)
+    await buffer.published(0)
     for attempt in range(3):
         lease = await buffer.admit()
         assert (lease.ordinal, lease.attempt) == (0, attempt)
@@ -141,7 +147,7 @@ async def test_an_instance_given_back_too_often_is_dropped_with_its_reason(ledge
 
 async def test_given_back_instances_come_before_new_ones_in_order_of_issue(ledger: Ledger) -> None:
     buffer = open_buffer(ledger)
-    buffer.published(0)
+    await buffer.published(0)
     leases = [await buffer.admit() for _ in range(4)]
     for index in (3, 0, 2):
         await buffer.requeue(leases[index], reason="engine died")
@@ -151,7 +157,7 @@ async def test_given_back_instances_come_before_new_ones_in_order_of_issue(ledge
 async def test_a_run_whose_groups_are_all_dropped_ends_with_the_reasons(ledger: Ledger) -> None:
     """Pins: a run that generates for ever because its filter keeps nothing."""
     buffer = open_buffer(ledger, max_drops_in_a_row=20)
-    buffer.published(0)
+    await buffer.published(0)
 
     async def worker() -> None:
         while True:
@@ -175,7 +181,7 @@ async def test_a_run_that_stands_still_says_what_it_waits_for(ledger: Ledger) ->
     """Pins: a hang without a word."""
     now = 100.0
     buffer = open_buffer(ledger, stall_timeout_s=0.05, clock=lambda: now)
-    buffer.published(0)
+    await buffer.published(0)
     leases = [await buffer.admit() for _ in range(4)]
     await buffer.put(leases[0], group_of(leases[0]), keep=True)
     await buffer.generated(leases[2])
@@ -194,7 +200,7 @@ async def test_a_run_that_stands_still_says_what_it_waits_for(ledger: Ledger) ->
 async def test_moves_put_the_deadline_off(ledger: Ledger) -> None:
     """Pins: a deadline on a whole step, which a large batch on a slow machine would miss while it is getting on."""
     buffer = open_buffer(ledger, stall_timeout_s=2.0)
-    buffer.published(0)
+    await buffer.published(0)
     leases = [await buffer.admit() for _ in range(4)]
     take = asyncio.ensure_future(buffer.take(4, step=1))
     for lease in leases:
@@ -204,8 +210,8 @@ async def test_moves_put_the_deadline_off(ledger: Ledger) -> None:
 
 
 async def test_a_long_list_of_running_instances_is_cut(ledger: Ledger) -> None:
-    buffer = open_buffer(ledger, prompts_per_step=100)
-    buffer.published(0)
+    buffer = open_buffer(ledger, groups_per_step=100)
+    await buffer.published(0)
     for _ in range(100):
         await buffer.admit()
     assert "and 92 more" in buffer.describe()
@@ -214,7 +220,7 @@ async def test_a_long_list_of_running_instances_is_cut(ledger: Ledger) -> None:
 
 async def test_closing_ends_every_wait_and_keeps_the_instances(ledger: Ledger) -> None:
     buffer = open_buffer(ledger)
-    buffer.published(0)
+    await buffer.published(0)
     for _ in range(4):
         await buffer.admit()
     calls = [asyncio.ensure_future(call) for call in (buffer.admit(), buffer.take(4, step=1))]
@@ -230,13 +236,13 @@ async def test_closing_ends_every_wait_and_keeps_the_instances(ledger: Ledger) -
 async def test_a_group_of_another_lease_is_refused(ledger: Ledger) -> None:
     """Pins: a generate hook that mixes up its groups and trains an answer under another prompt's reward."""
     buffer = open_buffer(ledger)
-    buffer.published(0)
+    await buffer.published(0)
     one, two = await buffer.admit(), await buffer.admit()
     with pytest.raises(LedgerError, match="for the lease of"):
         await buffer.put(one, group_of(two), keep=True)
     empty = group_of(one)
     empty.samples.clear()
-    with pytest.raises(LedgerError, match="has no samples"):
+    with pytest.raises(LedgerError, match="has no sampled tokens"):
         await buffer.put(one, empty, keep=True)
     await buffer.put(one, group_of(one), keep=True)
     with pytest.raises(LedgerError, match="is graded and cannot become dropped"):
@@ -246,8 +252,8 @@ async def test_a_group_of_another_lease_is_refused(ledger: Ledger) -> None:
 
 async def test_a_packed_group_cannot_be_given_back(ledger: Ledger) -> None:
     """Pins: a group that is in a batch and generated again."""
-    buffer = open_buffer(ledger, prompts_per_step=1)
-    buffer.published(0)
+    buffer = open_buffer(ledger, groups_per_step=1)
+    await buffer.published(0)
     lease = await buffer.admit()
     await buffer.put(lease, group_of(lease), keep=True)
     await buffer.take(1, step=1)
@@ -257,21 +263,21 @@ async def test_a_packed_group_cannot_be_given_back(ledger: Ledger) -> None:
 
 async def test_more_groups_than_are_ever_out_are_refused(ledger: Ledger) -> None:
     """Pins: a take that can never be met and waits all the same."""
-    with pytest.raises(LedgerError, match="asks for 5 groups, but at most 4"):
+    with pytest.raises(LedgerError, match="5 groups are asked for, but at most 4"):
         await open_buffer(ledger).take(5, step=1)
 
 
 async def test_versions_only_grow(ledger: Ledger) -> None:
     buffer = open_buffer(ledger)
-    buffer.published(3)
+    await buffer.published(3)
     with pytest.raises(LedgerError, match="version 2 was published after version 3"):
-        buffer.published(2)
+        await buffer.published(2)
 
 
 async def test_a_failed_write_changes_nothing_in_memory(ledger: Ledger, tmp_path: Path) -> None:
     """Pins: memory and ledger apart after a full disk. The failure is SQLite's own: the file may not grow."""
-    buffer = open_buffer(ledger, prompts_per_step=10_000)
-    buffer.published(0)
+    buffer = open_buffer(ledger, groups_per_step=10_000)
+    await buffer.published(0)
     (num_pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
     ledger._db.execute(f"PRAGMA max_page_count = {num_pages}")
     num_admitted = 0
@@ -295,22 +301,22 @@ def test_a_run_is_not_continued_over_other_prompts(ledger: Ledger) -> None:
     open_buffer(ledger)
     for changed in (order(12), order(seed=1)):
         with pytest.raises(LedgerError, match="the order of prompts of this run changed"):
-            LocalBuffer(ledger, changed, prompts_per_step=4, num_steps=10)
+            LocalBuffer(ledger, changed, Policy(groups_per_step=4, num_steps=10))
 
 
 async def test_a_continued_run_counts_what_the_first_process_did(tmp_path: Path) -> None:
     """Pins: a live view and an admission that start from zero after a restart."""
     with Ledger(tmp_path) as ledger:
         buffer = open_buffer(ledger)
-        buffer.published(0)
+        await buffer.published(0)
         leases = [await buffer.admit() for _ in range(4)]
         await buffer.drop(leases[0], reason="flat")
         leases.append(await buffer.admit())
         for lease in leases[1:]:
             await buffer.put(lease, group_of(lease), keep=True)
         await buffer.take(4, step=1)
-        buffer.commit(1, checkpoint="step_1", state={})
-        buffer.published(1)
+        await buffer.commit(1, checkpoint="step_1", state={})
+        await buffer.published(1)
         await buffer.admit()
         before = buffer.state()
     with Ledger(tmp_path) as ledger:

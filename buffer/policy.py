@@ -1,0 +1,242 @@
+"""Which prompt instance goes where next: the one place that admits, selects, evicts and bounds.
+
+             ┌────────── requeue, release of old ones ◀──────────────┐
+             ▼                                                       │
+    partial, waiting, fresh ─ admit ─▶ running ─ put ─▶ ready ─ select ─▶ packed ─ commit ─▶ committed
+                                          └─ drop ─▶ (its place is free again)
+
+Pure bookkeeping: no clock, no I/O, nothing that waits. `buffer.local` records each move in the ledger before it is
+made here.
+
+Staleness is kept by pacing, at both ends. With P groups a step, version v published and a bound s, at most
+``(v + s + 1) * P`` groups are admitted that are not dropped: as many as the steps consume that may still train tokens
+of version v. And a step takes the groups with the oldest tokens first, and is not formed before enough of the old ones
+are ready: for every d, at most ``d * P`` groups begun by version ``v - s + d`` may be left for the d steps after it.
+So no group becomes too old, however slow it is: what waits is the step. Where steps must not wait
+(``wait_for_stragglers = False``), and where a run continues, `unfit` finds what became too old; it is never selected.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+from slime.errors import LedgerError
+
+
+class Versions(NamedTuple):
+    """The weight versions that sampled a group's tokens."""
+
+    oldest: int
+    newest: int
+
+
+class Running(NamedTuple):
+    """An instance that is being rolled out."""
+
+    attempt: int
+    version: int
+    """Published when it was admitted: no token of it is older."""
+
+
+class Priority(IntEnum):
+    """Who is admitted first; a fresh prompt comes after all of these."""
+
+    PARTIAL = 0
+    """Has samples already that only need to be continued or joined by others."""
+    WAITING = 1
+    """Given back, and begins anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Waiting:
+    """An instance to be issued again."""
+
+    priority: Priority
+    ordinal: int
+    attempt: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Policy:
+    """Admission, selection, eviction and capacity of one run.
+
+    Args:
+        groups_per_step: groups trained in one step.
+        num_steps: steps of the whole run.
+        max_staleness: highest age, in weight versions, of any trained token.
+        oversample: groups that are running or ready at a time, as a multiple of `groups_per_step`; at most, and by
+            default, ``max_staleness + 1``.
+        wait_for_stragglers: whether a step waits for a group that would be too old for every later one.
+    """
+
+    groups_per_step: int
+    num_steps: int
+    max_staleness: int = 0
+    oversample: float | None = None
+    wait_for_stragglers: bool = True
+    version: int | None = None
+    """What the engines answer as; None before the first publish, when nothing is admitted."""
+    num_committed: int = 0
+    waiting: list[Waiting] = field(default_factory=list)
+    """A heap."""
+    running: dict[int, Running] = field(default_factory=dict)
+    """By ordinal."""
+    ready: dict[int, Versions] = field(default_factory=dict)
+    """Groups to be trained, by ordinal."""
+    packed: dict[int, int] = field(default_factory=dict)
+    """Ordinal → step."""
+
+    @property
+    def num_admitted(self) -> int:
+        """All that count against the limit."""
+        return len(self.running) + len(self.ready) + len(self.packed) + self.num_committed
+
+    @property
+    def limit(self) -> int:
+        """How many may be admitted at the published version."""
+        if self.version is None:
+            return 0
+        return min(self.version + self.max_staleness + 1, self.num_steps) * self.groups_per_step
+
+    @property
+    def capacity(self) -> int:
+        """How many more may be admitted now."""
+        return self.room(self.version or 0)
+
+    def room(self, oldest: int, *, coming: Sequence[int] = ()) -> int:
+        """How many more groups may come in whose oldest tokens are of this version, and still all be trained in time.
+
+        Args:
+            coming: the oldest versions of groups that come in before them.
+        """
+        out = [*coming, *(entry.version for entry in self.running.values())]
+        out += [versions.oldest for versions in self.ready.values()]
+        rooms = [self.limit - self.num_admitted - len(coming)]
+        if self.oversample is not None:
+            rooms.append(math.ceil(self.oversample * self.groups_per_step) - len(out))
+        horizon = (self.version or 0) - self.max_staleness
+        for steps_left in range(1, self.max_staleness + 2):
+            newest = horizon + steps_left - 1
+            if newest >= oldest:
+                rooms.append(steps_left * self.groups_per_step - sum(version <= newest for version in out))
+        return max(0, min(rooms))
+
+    def next_waiting(self) -> Waiting | None:
+        """What is admitted before any fresh prompt."""
+        return self.waiting[0] if self.waiting else None
+
+    def admit(self, ordinal: int, attempt: int) -> None:
+        """Give a place to the next waiting instance, or to a fresh one when none waits."""
+        if not self.capacity:
+            raise LedgerError(
+                f"instance {ordinal} is one too many: {self.num_admitted} of {self.limit} places are taken"
+            )
+        if self.waiting:
+            first = heapq.heappop(self.waiting)
+            assert (first.ordinal, first.attempt) == (ordinal, attempt)
+        self.running[ordinal] = Running(attempt=attempt, version=self.version or 0)
+
+    def put(self, ordinal: int, *, versions: Versions) -> None:
+        """A running instance's samples are ready to be trained."""
+        del self.running[ordinal]
+        self.ready[ordinal] = versions
+
+    def push(self, ordinal: int, *, versions: Versions) -> None:
+        """A group that nobody was leased is ready to be trained."""
+        self.ready[ordinal] = versions
+
+    def drop(self, ordinal: int) -> None:
+        """A running instance yields nothing; its place is free."""
+        del self.running[ordinal]
+
+    def give_up(self, ordinal: int) -> None:
+        """A running or ready instance will not be issued again; its place is free."""
+        self.running.pop(ordinal, None)
+        self.ready.pop(ordinal, None)
+
+    def requeue(self, ordinal: int, *, attempt: int, partial: bool) -> None:
+        """A running or ready instance waits to be issued again, under `attempt`."""
+        self.give_up(ordinal)
+        priority = Priority.PARTIAL if partial else Priority.WAITING
+        heapq.heappush(self.waiting, Waiting(priority=priority, ordinal=ordinal, attempt=attempt))
+
+    def staleness(self, versions: Versions) -> int:
+        """Age of the oldest of these tokens, in weight versions."""
+        return (self.version or 0) - versions.oldest
+
+    def why_unfit(self, versions: Versions | None) -> str:
+        """Why tokens of these versions may not be trained now; "" when they may."""
+        if versions is None:
+            return "nothing_sampled"
+        if self.version is not None and versions.newest > self.version:
+            return "weights_lost"  # of a version that a continued run has not reached again
+        return "too_old" if self.staleness(versions) > self.max_staleness else ""
+
+    def unfit(self) -> dict[int, str]:
+        """Ready instances that may not be trained, with the reason."""
+        if self.version is None:
+            return {}
+        reasons = {ordinal: self.why_unfit(versions) for ordinal, versions in self.ready.items()}
+        return {ordinal: reason for ordinal, reason in reasons.items() if reason}
+
+    def select(self, num_groups: int) -> list[int]:
+        """The groups of a step, in order of issue; [] while too few are ready, or an old one is still running.
+
+        In order of issue, because a step is then the same whatever order its groups finished in. Call `unfit` before,
+        and requeue what it names.
+
+        Raises:
+            LedgerError: so many groups are never out at a time.
+        """
+        most = (self.max_staleness + 1) * self.groups_per_step
+        if num_groups > most:
+            raise LedgerError(f"{num_groups} groups are asked for, but at most {most} are out at a time")
+        if len(self.ready) < num_groups:
+            return []
+        by_age = sorted(self.ready, key=lambda ordinal: (self.ready[ordinal].oldest, ordinal))
+        left = [self.ready[ordinal].oldest for ordinal in by_age[num_groups:]]
+        if self.wait_for_stragglers and not self._in_time([*left, *(entry.version for entry in self.running.values())]):
+            return []
+        return sorted(by_age[:num_groups])
+
+    def _in_time(self, left: list[int]) -> bool:
+        """Whether what is left, by its oldest tokens, can be trained by later steps before it is too old."""
+        horizon = (self.version or 0) - self.max_staleness
+        return all(
+            sum(version <= horizon + num_steps for version in left) <= num_steps * self.groups_per_step
+            for num_steps in range(self.max_staleness + 1)
+        )
+
+    def pack(self, ordinals: Iterable[int], *, step: int) -> None:
+        """Ready instances become the batch of a step."""
+        for ordinal in ordinals:
+            del self.ready[ordinal]
+            self.packed[ordinal] = step
+
+    def release(self, ordinal: int, *, versions: Versions) -> None:
+        """A packed instance's step will not happen: it is ready again."""
+        del self.packed[ordinal]
+        self.ready[ordinal] = versions
+
+    def publish(self, version: int) -> None:
+        """Engines answer as `version` from now on.
+
+        Raises:
+            LedgerError: they answered as a newer one before.
+        """
+        if self.version is not None and version < self.version:
+            raise LedgerError(f"version {version} was published after version {self.version}")
+        self.version = version
+
+    def commit(self, step: int) -> list[int]:
+        """Everything packed up to `step` is trained. Returns it."""
+        done = [ordinal for ordinal, packed_step in self.packed.items() if packed_step <= step]
+        for ordinal in done:
+            del self.packed[ordinal]
+        self.num_committed += len(done)
+        return done
