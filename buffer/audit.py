@@ -9,13 +9,12 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from buffer import schema
+from buffer.reading import read_ledger
 from buffer.schema import State
-from slime.errors import LedgerError
 
 IN_FLIGHT = (State.ISSUED, State.RUNNING, State.GENERATED, State.GRADED, State.PACKED)
 
@@ -72,17 +71,15 @@ class Audit:
         return not (self.lost or self.duplicated or self.unaccounted or self.problems)
 
     def __str__(self) -> str:
-        dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(self.dropped.items()))
+        dropped = ", ".join(f"{_shown(reason)} {count}" for reason, count in sorted(self.dropped.items()))
         in_flight = ", ".join(f"{state} {count}" for state, count in self.in_flight.items())
         lines = [
             f"issued {self.num_issued} = committed {self.num_committed} + dropped {sum(self.dropped.values())}"
-            + (f" ({dropped})" if dropped else "")
-            + f" + in flight {sum(self.in_flight.values())}"
-            + (f" ({in_flight})" if in_flight else ""),
-            f"lost {len(self.lost)} duplicated {len(self.duplicated)} unaccounted {len(self.unaccounted)}; "
-            f"requeued {self.num_requeued}, late results discarded {self.num_stale}",
+            f" + in flight {sum(self.in_flight.values())}" + (f" ({in_flight})" if in_flight else ""),
+            f"lost {len(self.lost)} duplicated {len(self.duplicated)} unaccounted {len(self.unaccounted)}",
+            f"dropped: {dropped or 'none'}; requeued {self.num_requeued}, late results discarded {self.num_stale}",
         ]
-        return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
+        return "\n".join([*lines, *(f"problem: {_shown(problem)}" for problem in self.problems)])
 
 
 def audit_run(run_dir: Path) -> Audit:
@@ -91,33 +88,28 @@ def audit_run(run_dir: Path) -> Audit:
     Raises:
         LedgerError: there is no ledger, or it cannot be read.
     """
-    path = run_dir / "ledger.sqlite"
-    if not path.is_file():
-        raise LedgerError(f"{path}: no such ledger. Name a run directory, or start the run that makes it.")
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
-            db.execute("BEGIN")  # one snapshot for all that follows
-            schema.check(db, path)
-            instances = [
-                InstanceRow(ordinal=ordinal, attempt=attempt, state=state, step=step, reason=reason)
-                for ordinal, attempt, state, step, reason in db.execute(
-                    "SELECT ordinal, attempt, state, step, reason FROM instances ORDER BY ordinal"
-                )
-            ]
-            events = (
-                EventRow(ordinal=ordinal, attempt=attempt, event=event, step=step, detail=detail)
-                for ordinal, attempt, event, step, detail in db.execute(
-                    "SELECT ordinal, attempt, event, step, detail FROM events ORDER BY seq"
-                )
+    with read_ledger(run_dir) as db:
+        instances = [
+            InstanceRow(ordinal=ordinal, attempt=attempt, state=state, step=step, reason=reason)
+            for ordinal, attempt, state, step, reason in db.execute(
+                "SELECT ordinal, attempt, state, step, reason FROM instances ORDER BY ordinal"
             )
-            commits = [step for (step,) in db.execute("SELECT step FROM commits ORDER BY step")]
-            damage = [line for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
-            audit = audit_history(instances, events, commits=commits, damage=[*damage, *_too_stale(db)])
-            return replace(audit, lost=tuple(sorted({*audit.lost, *_without_samples(db)})))
-    except sqlite3.Error as error:
-        raise LedgerError(
-            f"{path}: SQLite says: {error}. Restore it from a copy, or try `sqlite3 {path.name} .recover`."
-        ) from error
+        ]
+        events = (
+            EventRow(ordinal=ordinal, attempt=attempt, event=event, step=step, detail=detail)
+            for ordinal, attempt, event, step, detail in db.execute(
+                "SELECT ordinal, attempt, event, step, detail FROM events ORDER BY seq"
+            )
+        )
+        commits = [step for (step,) in db.execute("SELECT step FROM commits ORDER BY step")]
+        damage = [line for (line,) in db.execute("PRAGMA quick_check") if line != "ok"]
+        audit = audit_history(instances, events, commits=commits, damage=[*damage, *_too_stale(db)])
+        return replace(audit, lost=tuple(sorted({*audit.lost, *_without_samples(db)})))
+
+
+def _shown(text: str) -> str:
+    """On one line of a terminal: reasons come from hooks and over HTTP, and must not pass for lines of the audit."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _too_stale(db: sqlite3.Connection) -> list[str]:

@@ -58,8 +58,9 @@ def test_a_sound_ledger_adds_up(run_dir: Path) -> None:
     audit = audit_run(run_dir)
     assert audit.holds
     assert str(audit) == (
-        "issued 6 = committed 2 + dropped 1 (too long 1) + in flight 3 (issued 1, running 1, packed 1)\n"
-        "lost 0 duplicated 0 unaccounted 0; requeued 1, late results discarded 1"
+        "issued 6 = committed 2 + dropped 1 + in flight 3 (issued 1, running 1, packed 1)\n"
+        "lost 0 duplicated 0 unaccounted 0\n"
+        "dropped: too long 1; requeued 1, late results discarded 1"
     )
 
 
