@@ -13,7 +13,8 @@ Staleness is kept by pacing, at both ends. With P groups a step, version v publi
 of version v. And a step takes the groups with the oldest tokens first, and is not formed before enough of the old ones
 are ready: for every d, at most ``d * P`` groups begun by version ``v - s + d`` may be left for the d steps after it.
 So no group becomes too old, however slow it is: what waits is the step. Where steps must not wait
-(``wait_for_stragglers = False``), and where a run continues, `unfit` finds what became too old; it is never selected.
+(``wait_for_stragglers = False``), where a run continues, and among groups that are continued from older tokens,
+`unfit` finds what became too old; it is never selected.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Running(NamedTuple):
 
     attempt: int
     version: int
-    """Published when it was admitted: no token of it is older."""
+    """No token of it is older: published when it was admitted, or that of the tokens it is continued from."""
 
 
 class Priority(IntEnum):
@@ -119,19 +120,27 @@ class Policy:
         rooms = [self.limit - self.num_admitted - len(coming)]
         if self.oversample is not None:
             rooms.append(math.ceil(self.oversample * self.groups_per_step) - len(out))
-        horizon = (self.version or 0) - self.max_staleness
-        for steps_left in range(1, self.max_staleness + 2):
-            newest = horizon + steps_left - 1
+        for steps_left in range(self.max_staleness + 2):
+            newest = self._horizon + steps_left - 1
             if newest >= oldest:
                 rooms.append(steps_left * self.groups_per_step - sum(version <= newest for version in out))
         return max(0, min(rooms))
+
+    @property
+    def _horizon(self) -> int:
+        """The oldest version that the next step may still train. What is packed already is behind it."""
+        return max(self.version or 0, *self.packed.values(), 0) - self.max_staleness
 
     def next_waiting(self) -> Waiting | None:
         """What is admitted before any fresh prompt."""
         return self.waiting[0] if self.waiting else None
 
-    def admit(self, ordinal: int, attempt: int) -> None:
-        """Give a place to the next waiting instance, or to a fresh one when none waits."""
+    def admit(self, ordinal: int, attempt: int, *, oldest: int | None = None) -> None:
+        """Give a place to the next waiting instance, or to a fresh one when none waits.
+
+        Args:
+            oldest: version of the oldest token it is continued from.
+        """
         if not self.capacity:
             raise LedgerError(
                 f"instance {ordinal} is one too many: {self.num_admitted} of {self.limit} places are taken"
@@ -139,7 +148,8 @@ class Policy:
         if self.waiting:
             first = heapq.heappop(self.waiting)
             assert (first.ordinal, first.attempt) == (ordinal, attempt)
-        self.running[ordinal] = Running(attempt=attempt, version=self.version or 0)
+        version = self.version or 0
+        self.running[ordinal] = Running(attempt=attempt, version=version if oldest is None else min(oldest, version))
 
     def put(self, ordinal: int, *, versions: Versions) -> None:
         """A running instance's samples are ready to be trained."""
@@ -199,18 +209,25 @@ class Policy:
         if len(self.ready) < num_groups:
             return []
         by_age = sorted(self.ready, key=lambda ordinal: (self.ready[ordinal].oldest, ordinal))
-        left = [self.ready[ordinal].oldest for ordinal in by_age[num_groups:]]
-        if self.wait_for_stragglers and not self._in_time([*left, *(entry.version for entry in self.running.values())]):
+        if self.wait_for_stragglers and self._must_wait(
+            [self.ready[ordinal].oldest for ordinal in by_age[num_groups:]]
+        ):
             return []
         return sorted(by_age[:num_groups])
 
-    def _in_time(self, left: list[int]) -> bool:
-        """Whether what is left, by its oldest tokens, can be trained by later steps before it is too old."""
-        horizon = (self.version or 0) - self.max_staleness
-        return all(
-            sum(version <= horizon + num_steps for version in left) <= num_steps * self.groups_per_step
-            for num_steps in range(self.max_staleness + 1)
-        )
+    def _must_wait(self, left: list[int]) -> bool:
+        """Whether a running group would be too old for every later step.
+
+        Args:
+            left: the oldest tokens of the ready groups that the step would leave to later ones.
+        """
+        running = [entry.version for entry in self.running.values()]
+        for num_steps in range(self.max_staleness + 1):
+            newest = self._horizon + num_steps
+            late = sum(version <= newest for version in running)
+            if late and late + sum(version <= newest for version in left) > num_steps * self.groups_per_step:
+                return True
+        return False
 
     def pack(self, ordinals: Iterable[int], *, step: int) -> None:
         """Ready instances become the batch of a step."""
