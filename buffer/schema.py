@@ -41,6 +41,10 @@ MAX_STALENESS = "max_staleness"
 """Key of `meta`: the bound the run was begun with."""
 CONSUMER = "consumer"
 """Key of `meta`: the incarnation of the last consumer."""
+RUN = "run"
+"""Key of `meta`: a random name, by which files that outlive the run know its ledger."""
+PUBLISHED = "published"
+"""Key of `meta`: JSON list of the consumer that published last and the version that the engines answer as."""
 
 REQUEUED = "requeued"
 """Event: back to ISSUED with the next attempt."""
@@ -129,6 +133,7 @@ CREATE TRIGGER events_stand BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'e
 CREATE INDEX events_of_instances ON events (ordinal);
 CREATE TABLE commits (step INTEGER PRIMARY KEY, checkpoint TEXT NOT NULL, state TEXT NOT NULL, time REAL NOT NULL);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+INSERT INTO meta VALUES ('{RUN}', lower(hex(randomblob(8))));
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
 """

@@ -23,6 +23,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
+OFF_POLICY_IMPORTANCE_CAP = 2.0
 
 
 class Table(BaseModel):
@@ -63,10 +64,33 @@ class RolloutConfig(Table):
 
 
 class BufferConfig(Table):
-    max_staleness: Annotated[int, Field(ge=0, le=0)] = 0
-    """Highest age, in weight versions, of any trained token. 0 is strictly on-policy."""
-    filter: str = "all"
-    """Which groups are trained: ``"all"``, ``"informative"`` (rewards not all equal) or a hook ``"./file.py:name"``."""
+    max_staleness: NonNegativeInt = 0
+    """Highest age, in weight versions, of any trained token. 0 is strictly on-policy; more lets steps overlap."""
+    oversample: Annotated[float, Field(ge=1)] | None = None
+    """Groups generating or waiting to be trained, as a multiple of a step's; ``max_staleness + 1`` at most and by
+    default."""
+    stragglers: Literal["wait", "requeue"] = "wait"
+    """A group that would be too old for every later step: the step waits for it, or it is begun again."""
+    filter: str | tuple[str, ...] = "all"
+    """Which graded groups are trained: ``"all"``, ``"informative"``, ``"not_truncated"``, ``"not_aborted"``, a hook
+    ``"./file.py:name"``, or a list of them, of which the first to object drops the group."""
+    difficulty: FilePath | None = None
+    """File with the pass statistics of every prompt; runs that name the same one share it. By default
+    ``difficulty.sqlite`` in `run_dir`."""
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """`filter` as a list."""
+        return (self.filter,) if isinstance(self.filter, str) else self.filter
+
+    @model_validator(mode="after")
+    def _oversample_fits(self) -> BufferConfig:
+        if self.oversample is not None and self.oversample > self.max_staleness + 1:
+            raise ValueError(
+                f"oversample = {self.oversample:g} is more than max_staleness + 1 = {self.max_staleness + 1}: the "
+                "groups beyond would be too old when their step comes. Raise max_staleness, or lower oversample"
+            )
+        return self
 
 
 class RewardConfig(Table):
@@ -92,7 +116,8 @@ class LossConfig(Table):
     aggregation: Literal["sequence", "token", "prompt", "constant"] = "sequence"
     """How token losses become one: mean over rollouts of token means, over tokens, over prompts, or over a constant."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Truncated importance weight ``min(exp(train_logprob - rollout_logprob), cap)``; none by default on-policy."""
+    """Truncated importance weight ``min(exp(train_logprob - rollout_logprob), cap)``. By default none on-policy, and
+    2.0 where ``buffer.max_staleness`` is above 0; a very large cap cuts nothing."""
 
 
 class AdvantageConfig(Table):
@@ -243,6 +268,15 @@ class RunConfig(Table):
     checkpoint: CheckpointConfig = CheckpointConfig()
     hooks: HooksConfig = HooksConfig()
     profile: Profile = Profile()
+
+    @property
+    def policy_trainer(self) -> TrainerConfig:
+        """`trainer`, with the importance weight that tokens of older weights need unless another is asked for."""
+        loss = self.trainer.loss
+        if self.buffer.max_staleness == 0 or loss.importance_cap is not None:
+            return self.trainer
+        capped = loss.model_copy(update={"importance_cap": OFF_POLICY_IMPORTANCE_CAP})
+        return self.trainer.model_copy(update={"loss": capped})
 
     @model_validator(mode="after")
     def _updates_fit(self) -> RunConfig:

@@ -1,12 +1,13 @@
-"""From samples to verdicts: what the group's policy on failures is, and when failures stop the run."""
+"""From samples to verdicts, and which groups are trained: the policy on failures, and the built-in filters."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from slime.errors import RewardError
-from slime.types import Failed, Group, Prompt, Sample, Score, Verdict
+from slime.errors import HookError, RewardError, boundary
+from slime.protocols import FilterHook
+from slime.types import Failed, Group, Prompt, Sample, Score, Status, Verdict
 
 MIN_JUDGED = 32
 """Samples judged before the failure rate may stop a run: fewer say nothing about a rate."""
@@ -63,10 +64,56 @@ def no_verdicts(group: Group) -> str:
 
 
 def informative(group: Group) -> str:
-    """The built-in filter: equal rewards give every sample advantage 0 and teach nothing."""
+    """Equal rewards give every sample advantage 0 and teach nothing."""
     return "equal_rewards" if len({sample.reward for sample in group.samples}) < 2 else ""
 
 
+def not_truncated(group: Group) -> str:
+    """Where most answers were cut, what is compared is how they were cut."""
+    num_cut = sum(sample.status is Status.TRUNCATED for sample in group.samples)
+    return "truncated" if 2 * num_cut > len(group.samples) else ""
+
+
+def not_aborted(group: Group) -> str:
+    """An answer that was stopped from outside was judged before its end."""
+    return "aborted" if any(sample.status is Status.ABORTED for sample in group.samples) else ""
+
+
 def keep_all(group: Group) -> str:
-    """The built-in filter that trains every group."""
+    """Trains every group."""
     return ""
+
+
+FILTERS: Mapping[str, FilterHook] = {
+    "all": keep_all,
+    "informative": informative,
+    "not_truncated": not_truncated,
+    "not_aborted": not_aborted,
+}
+"""The built-in filters of graded groups, by the name that ``buffer.filter`` gives them."""
+
+
+def first_objection(filters: Mapping[str, FilterHook]) -> FilterHook:
+    """One filter of several, by name: the reason of the first that drops a group.
+
+    Raises, when it is called:
+        HookError: a filter failed, or returned something else than a string.
+    """
+
+    def keep(group: Group) -> str:
+        if reason := no_verdicts(group):
+            return reason
+        return next((reason for name, choose in filters.items() if (reason := _ask(choose, group, name=name))), "")
+
+    return keep
+
+
+def _ask(choose: FilterHook, group: Group, *, name: str) -> str:
+    with boundary(HookError, f"buffer.filter {name}"):
+        reason = choose(group)
+    if not isinstance(reason, str):
+        raise HookError(
+            f"buffer.filter {name} returned {reason!r}: expected a string.\n"
+            'Return "" to keep the group, or the reason to drop it.'
+        )
+    return reason

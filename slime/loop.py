@@ -1,16 +1,16 @@
-"""The one training loop, and the workers that feed it.
+"""The one training loop, and the rollouts that feed it.
 
-      ┌──────────── admit ◀── buffer ◀── put (graded, kept or dropped) ──┐
-      ▼                         │ take: a full step, in order of issue   │
-    rollout_worker × N          ▼                                        │
-      generate ─▶ grade ─▶ keep?│─────────────────────────────────────────┘
+      ┌──────────── admit ◀── buffer ◀── put (graded, kept or dropped), requeue (cut off) ──┐
+      ▼                         │ take: a full step, in order of issue                      │
+    dispatch: a task a lease    ▼                                                           │
+      generate ─▶ grade ─▶ keep?│────────────────────────────────────────────────────────────┘
                                 ▼
     train: evaluate ─▶ take ─▶ build_batch ─▶ train_step ─▶ report ─▶ commit ─▶ publish ─▶ published(version)
 
-A rollout worker waits for admission: woken by `published`, and by a drop, whose place it takes. `train` waits for a
-full step, woken by `put`; meanwhile the engines also answer the evaluation of the same weights. With max_staleness = 0
-admission opens only when a version is published, so generation and training alternate; a larger bound overlaps them.
-Nothing here knows Ray, SGLang or Megatron.
+`dispatch` waits for admission: woken by `published`, and by a drop, whose place goes to another prompt. How many groups
+are out at a time is the buffer's to say alone. `train` waits for a full step, woken by `put`; meanwhile the engines
+also answer the evaluation of the same weights. With max_staleness = 0 admission opens only when a version is published,
+so generation and training alternate; a larger bound overlaps them. Nothing here knows Ray, SGLang or Megatron.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from slime.errors import PromptError, StopRun
 from slime.protocols import Buffer, Placement, Publisher, Trainer
-from slime.types import Group, Lease, Metrics, TrainBatch
+from slime.types import Group, Lease, Metrics, Status, TrainBatch
 
 T = TypeVar("T")
 
@@ -62,23 +62,22 @@ class Run:
     """Evaluate the engines' weights after a step, where that is due."""
     on_phase: Callable[[str], None]
     on_step: Callable[[int, Sequence[Group], Metrics], None]
+    continue_aborted: bool = True
+    """A group with samples that were stopped from outside is put back and continued, not graded."""
 
 
 async def run_loop(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
-    """Train from `first_step` to the end, with as many rollout workers as a step has groups.
+    """Train from `first_step` to the end, on what is rolled out beside it.
 
     Raises:
         StopRun: `stop` was set; what was trained is committed.
-        SlimeError: the first failure of any worker or of training; the others are cancelled.
+        SlimeError: the first failure of any rollout or of training; the others are cancelled.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
-            workers = [
-                tasks.create_task(rollout_worker(run), name=f"rollout worker {i}") for i in range(run.groups_per_step)
-            ]
+            rollouts = tasks.create_task(dispatch(run), name="rollouts")
             await train(run, first_step=first_step, stop=stop)
-            for worker in workers:
-                worker.cancel()
+            rollouts.cancel()
     except BaseExceptionGroup as failures:
         first = first_failure(failures)
         if isinstance(first, StopRun):
@@ -87,19 +86,28 @@ async def run_loop(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
         raise first from None
 
 
-async def rollout_worker(run: Run) -> None:
-    """Admit, generate, grade, hand in; for ever."""
-    while True:
-        lease = await run.buffer.admit()
-        try:
-            group = await run.rollout.generate(lease)
-        except PromptError as unusable:
-            await run.buffer.drop(lease, reason=unusable.reason)
-            continue
-        await run.buffer.generated(lease)
-        group = await run.grade(group)
-        reason = run.keep(group)
-        await run.buffer.put(lease, group, keep=not reason, reason=reason)
+async def dispatch(run: Run) -> None:
+    """Roll out every lease the buffer gives, side by side; for ever."""
+    async with asyncio.TaskGroup() as rollouts:
+        while True:
+            lease = await run.buffer.admit()
+            rollouts.create_task(roll_out(run, lease), name=f"instance {lease.ordinal}")
+
+
+async def roll_out(run: Run, lease: Lease) -> None:
+    """Generate, grade, hand in."""
+    try:
+        group = await run.rollout.generate(lease)
+    except PromptError as unusable:
+        await run.buffer.drop(lease, reason=unusable.reason)
+        return
+    if run.continue_aborted and any(sample.status is Status.ABORTED for sample in group.samples):
+        await run.buffer.requeue(lease, reason="aborted", partial=group)
+        return
+    await run.buffer.generated(lease)
+    group = await run.grade(group)
+    reason = run.keep(group)
+    await run.buffer.put(lease, group, keep=not reason, reason=reason)
 
 
 async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:

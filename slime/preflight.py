@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rollout.engine_options import check_options
 from rollout.tokenizer import Tokenizer
 from slime.config import RunConfig
 from slime.errors import ConfigError, HookError, ModelError, boundary
+from slime.grading import FILTERS
 from slime.hooks import load_hook
 from slime.protocols import AdvantageHook, FilterHook, GenerateHook, OnStepHook
 from slime.types import Group
@@ -36,7 +38,8 @@ class Checked:
     split: Split
     order: PromptOrder
     generate: GenerateHook | None
-    keep: FilterHook | None
+    filters: Mapping[str, FilterHook]
+    """By the name or hook they are given as, in the order they are asked."""
     advantages: AdvantageHook
     on_step: OnStepHook | None
 
@@ -66,7 +69,6 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
             what="trainer.loss.fn",
             arguments=["logprobs", "entropy", "inputs"],
         )
-    filter_hook = config.buffer.filter if config.buffer.filter not in ("all", "informative") else None
 
     def optional(spec: str | None, what: str, *arguments: str) -> Callable[..., Any] | None:
         return load_hook(spec, base_dir=base_dir, what=what, arguments=arguments) if spec else None
@@ -76,11 +78,14 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
         split=split,
         order=PromptOrder(split.train, seed=config.seed, shuffle=config.data.shuffle),
         generate=optional(config.rollout.generate, "rollout.generate", "prompt", "sample", "client"),
-        keep=optional(filter_hook, "buffer.filter", "group"),
+        filters={name: _filter(name, base_dir=base_dir) for name in config.buffer.filters},
         advantages=_advantages(config, base_dir=base_dir),
         on_step=optional(config.hooks.on_step, "hooks.on_step", "step", "metrics"),
     )
-    for what, hook in (("buffer.filter", checked.keep), ("hooks.on_step", checked.on_step)):
+    for what, hook in (
+        *(("buffer.filter", hook) for hook in checked.filters.values()),
+        ("hooks.on_step", checked.on_step),
+    ):
         if inspect.iscoroutinefunction(hook):
             raise HookError(f"{what} is an async function, and nothing awaits it.\nWrite it with def, or leave it out.")
     engine = config.profile.engine
@@ -90,6 +95,19 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
         for index in range(engine.num_engines):
             reserve_port(engine.base_port, index=index).close()
     return checked
+
+
+def _filter(name: str, *, base_dir: Path) -> FilterHook:
+    if name in FILTERS:
+        return FILTERS[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, FILTERS, n=1)
+        raise ConfigError(
+            f'buffer.filter = "{name}" is no built-in filter; there are {", ".join(FILTERS)}.'
+            + (f" Did you mean {near[0]}?" if near else "")
+            + '\nCorrect the name, or give a function of yours as "./file.py:name".'
+        )
+    return load_hook(name, base_dir=base_dir, what="buffer.filter", arguments=["group"])
 
 
 def _advantages(config: RunConfig, *, base_dir: Path) -> AdvantageHook:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,7 @@ from rollout.rollout import Rollout
 from slime.checkpoints import Checkpoints, export_model
 from slime.cluster import Cluster
 from slime.config import RunConfig
-from slime.errors import HookError, boundary
-from slime.grading import Grader, informative, keep_all, no_verdicts
+from slime.grading import Grader, first_objection, not_aborted
 from slime.launch import spawn_engines, spawn_trainer, worker_spec
 from slime.loop import BuildBatch, Run, first_failure, run_loop, unless
 from slime.metrics import MetricsLog, evaluated_steps
@@ -37,7 +36,6 @@ from slime.preflight import Checked, check_run, save_config
 from slime.publisher import SharedMemoryPublisher, staging_directory
 from slime.remote import RemoteEngine, RemoteTrainer
 from slime.reporting import Reporting
-from slime.types import Group
 from slime.view import RunView
 from trainer.batch import build_batch
 
@@ -113,6 +111,8 @@ async def _train(
                     groups_per_step=config.rollout.prompts_per_step,
                     num_steps=config.num_steps,
                     max_staleness=config.buffer.max_staleness,
+                    oversample=config.buffer.oversample,
+                    wait_for_stragglers=config.buffer.stragglers == "wait",
                 ),
                 pass_reward=config.eval.pass_reward,
                 stall_timeout_s=config.profile.engine.request_timeout_s + 60 * config.reward.timeout_s,
@@ -127,7 +127,7 @@ async def _train(
                 buffer=buffer,
                 rollout=rollout,
                 grade=Grader(pool.grade, max_failure_rate=config.reward.max_failure_rate, window=samples_per_step),
-                keep=_keep(config, checked),
+                keep=first_objection(checked.filters),
                 build_batch=_build_batch(config, checked),
                 trainer=trainer,
                 placement=placement,
@@ -136,6 +136,7 @@ async def _train(
                 evaluate=reporting.evaluate,
                 on_phase=view.phase,
                 on_step=reporting.step,
+                continue_aborted=not_aborted not in checked.filters.values(),
             )
             await run_loop(run, first_step=step + 1, stop=stop)
             view.phase("writing the trained model")
@@ -165,7 +166,7 @@ async def _processes(config: RunConfig, *, base_dir: Path) -> AsyncIterator[Proc
         optimizer=config.trainer.optimizer,
         num_steps=config.num_steps,
         seed=config.seed,
-        trainer=config.trainer,
+        trainer=config.policy_trainer,
         base_dir=base_dir,
     )
     async with AsyncExitStack() as stack:
@@ -192,26 +193,6 @@ async def _start(engine: RemoteEngine, *, asleep: bool) -> str:
         await engine.pause()
         await engine.offload()
     return url
-
-
-def _keep(config: RunConfig, checked: Checked) -> Callable[[Group], str]:
-    """Why a graded group is not trained; "" for one that is."""
-    if checked.keep:
-        hook = checked.keep
-
-        def choose(group: Group) -> str:
-            with boundary(HookError, f"buffer.filter {config.buffer.filter}"):
-                reason = hook(group)
-            if not isinstance(reason, str):
-                raise HookError(
-                    f"buffer.filter {config.buffer.filter} returned {reason!r}: expected a string.\n"
-                    'Return "" to keep the group, or the reason to drop it.'
-                )
-            return reason
-
-    else:
-        choose = informative if config.buffer.filter == "informative" else keep_all
-    return lambda group: no_verdicts(group) or choose(group)
 
 
 def _build_batch(config: RunConfig, checked: Checked) -> BuildBatch:
