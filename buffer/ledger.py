@@ -239,6 +239,7 @@ class Ledger:
         with self._transaction():
             started = self._advance(ordinal, attempt, State.RUNNING)
             if started:
+                self._db.execute("UPDATE instances SET request = NULL WHERE request = ?", (request,))
                 self._db.execute(
                     "UPDATE instances SET request = ?, oldest_version = ?, newest_version = ? WHERE ordinal = ?",
                     (request, version, version, ordinal),
@@ -341,6 +342,17 @@ class Ledger:
                 self._move([(ordinal, attempt)], State.COMMITTED, step=packed_step)
             self._forget(ordinal for _, ordinal, _ in packed)
 
+    def remember(self, key: str, value: str) -> None:
+        """Keep a fact of the run that changes, such as the version that is published."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def recall(self, key: str) -> str | None:
+        """What was kept last; None when nothing was."""
+        with self._reporting():
+            row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(row[0]) if row else None
+
     def next_consumer(self) -> int:
         """The incarnation of a new consumer: counts from 1, and no number is given twice."""
         with self._transaction():
@@ -353,12 +365,13 @@ class Ledger:
 
     def last_commit(self) -> Commit | None:
         """What a run continues from; None when nothing is committed yet."""
-        return next(iter(self.commits()), None)
+        return next(iter(self.commits(limit=1)), None)
 
-    def commits(self) -> list[Commit]:
-        """All commits, newest first."""
+    def commits(self, *, limit: int = -1) -> list[Commit]:
+        """All commits, or the last so many; newest first."""
+        query = "SELECT step, checkpoint, state FROM commits ORDER BY step DESC LIMIT ?"
         with self._reporting():
-            rows = self._db.execute("SELECT step, checkpoint, state FROM commits ORDER BY step DESC").fetchall()
+            rows = self._db.execute(query, (limit,)).fetchall()
         return [Commit(step=step, checkpoint=checkpoint, state=json.loads(state)) for step, checkpoint, state in rows]
 
     def revert(self, step: int, *, reason: str) -> None:

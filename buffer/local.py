@@ -13,11 +13,12 @@ no move can be seen half done.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from buffer import schema
 from buffer.ledger import Instance, Ledger, Outcome, Pushed
@@ -25,7 +26,7 @@ from buffer.order import PromptOrder
 from buffer.payload import Summary, decode, encode, inspect, summarise, versions_of
 from buffer.policy import Policy, Priority, Running, Versions, Waiting
 from buffer.schema import State
-from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StopRun
+from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StopRun, StorageError
 from slime.types import Group, Lease
 
 MAX_SHOWN = 8
@@ -54,6 +55,27 @@ class BufferState:
     """By this process."""
     num_stale: int
     """Late or repeated results this process discarded."""
+
+
+class Attempt(Protocol):
+    """Names a leased instance: a `Lease`, or what a client sends of one."""
+
+    @property
+    def ordinal(self) -> int: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A graded group that is handed in, as bytes."""
+
+    ordinal: int
+    attempt: int
+    payload: bytes
+    drop: str = ""
+    """Why it is not to be trained; "" to train it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +148,15 @@ class LocalBuffer:
         self._num_requeued = 0
         self._num_stale = 0
         self._taking = ""
-        self._consumer = 0
+        self._consumer = self._publisher = 0
         self._closed = False
         self._last_move = clock()
         self._changed = asyncio.Event()
         if recover:
             ledger.recover()
+        else:
+            self._consumer = int(ledger.recall(schema.CONSUMER) or 0)
+            self._publisher, policy.version = json.loads(ledger.recall(schema.PUBLISHED) or "[0, null]")
         self._restore()
 
     async def admit(self, *, request: str | None = None) -> Lease:
@@ -143,6 +168,7 @@ class LocalBuffer:
             request: a name for this request; sent again under the same name it gets the same lease.
 
         Raises:
+            LedgerError: what the request of this name was answered with is handed in already.
             StopRun: the buffer was closed.
         """
         await asyncio.sleep(0)  # a worker that drops one prompt after the other would not let anyone else run
@@ -153,16 +179,24 @@ class LocalBuffer:
         waiting = self._policy.next_waiting()
         with self._ledger.together():
             lease = self._lease(waiting.ordinal, waiting.attempt) if waiting else self._issue()
-            self._ledger.start(lease.ordinal, attempt=lease.attempt, version=self._policy.version or 0, request=request)
-        self._policy.admit(lease.ordinal, lease.attempt)
+            begun = versions_of(lease.partial.samples) if lease.partial else None
+            oldest = min((self._policy.version or 0, *(begun or ())))
+            self._ledger.start(lease.ordinal, attempt=lease.attempt, version=oldest, request=request)
+        self._policy.admit(lease.ordinal, lease.attempt, oldest=oldest)
         self._leases[lease.ordinal] = _Lease(lease=lease, since=self._clock())
         self._wake()
         return lease
 
-    async def generated(self, lease: Lease) -> None:
-        """All samples are there and go to be graded. Only for the record: `put` may follow `admit` directly."""
-        if self._recorded(self._ledger.generated(lease.ordinal, attempt=lease.attempt)):
+    async def generated(self, lease: Attempt) -> bool:
+        """All samples are there and go to be graded. Only for the record: `put` may follow `admit` directly.
+
+        Returns:
+            Like `put_payloads`, `drop` and `requeue_payload`, False for an attempt that is over.
+        """
+        recorded = self._recorded(self._ledger.generated(lease.ordinal, attempt=lease.attempt))
+        if recorded:
             self._leases[lease.ordinal].doing = "grading"
+        return recorded
 
     async def put(self, lease: Lease, group: Group, *, keep: bool, reason: str = "") -> None:
         """Hand in a graded group, to be trained if `keep`, else dropped on record for `reason`.
@@ -179,19 +213,19 @@ class LocalBuffer:
             )
         reason = "" if keep else reason or "filtered"
         payload = encode(group) if keep else b""
-        self._hand_in(lease.ordinal, lease.attempt, summarise(group), payload=payload, drop=reason)
+        result = Result(ordinal=lease.ordinal, attempt=lease.attempt, payload=payload, drop=reason)
+        (answer,) = self._hand_in([result], summarise=lambda _: summarise(group))
+        if isinstance(answer, SlimeError):
+            raise answer
 
-    async def put_payload(self, ordinal: int, attempt: int, payload: bytes, *, drop: str = "") -> bool:
-        """`put`, of the bytes that `buffer.payload` describes; `drop` is the reason why they are not to be trained.
+    async def put_payloads(self, results: Sequence[Result]) -> list[bool | SlimeError]:
+        """`put`, of the bytes that `buffer.payload` describes. One transaction, so that many cost little more than one.
 
         Returns:
-            False when it was discarded: of an older attempt, or handed in before.
-
-        Raises:
-            DataError: they are no group.
-            LedgerError: as `put`.
+            One answer a result: whether it was recorded, False when it was discarded (of an older attempt, or handed in
+            before), or why it was refused: DataError when it is no group, LedgerError as `put`.
         """
-        return self._hand_in(ordinal, attempt, inspect(payload), payload=payload, drop=drop)
+        return self._hand_in(results, summarise=lambda result: inspect(result.payload))
 
     async def push(self, groups: Sequence[tuple[str, bytes]]) -> list[int | SlimeError]:
         """Take in graded groups that nobody was leased: rolled out elsewhere, of any prompt. Each is trained once.
@@ -225,9 +259,10 @@ class LocalBuffer:
         self._wake()
         return [answers[request] for request, _ in groups]
 
-    async def drop(self, lease: Lease, *, reason: str) -> None:
+    async def drop(self, lease: Attempt, *, reason: str) -> bool:
         """The instance yields nothing: record why. Its place is given to another prompt."""
-        self._drop(lease.ordinal, lease.attempt, reason=reason)
+        recorded = self._ledger.drop(lease.ordinal, attempt=lease.attempt, reason=reason)
+        return self._ended(lease.ordinal, recorded=recorded, drop=reason)
 
     async def requeue(self, lease: Lease, *, reason: str, partial: Group | None = None) -> None:
         """This attempt failed for no fault of the prompt (an engine died): issue the instance again, before new ones.
@@ -235,7 +270,26 @@ class LocalBuffer:
         Args:
             partial: samples the next attempt begins with; it is issued before those that begin anew.
         """
-        self._requeue(lease.ordinal, lease.attempt, reason=reason, partial=partial)
+        await self.requeue_payload(lease, reason=reason, partial=None if partial is None else encode(partial))
+
+    async def requeue_payload(self, lease: Attempt, *, reason: str, partial: bytes | None = None) -> bool:
+        """`requeue`, with `partial` as bytes.
+
+        Raises:
+            DataError: they are no group.
+            LedgerError: they are of another prompt or of weights that were not published yet, or the group of this
+                attempt is handed in.
+        """
+        instance = self._ledger.instance(lease.ordinal)
+        if (instance.state, instance.attempt) == (State.GRADED, lease.attempt):
+            raise LedgerError(
+                f"instance {lease.ordinal} cannot be given back: the group of its attempt {lease.attempt} is handed "
+                "in. Admit the next one, or drop groups before they are handed in."
+            )
+        if partial is not None:
+            self._check_prompt_uid(lease.ordinal, summary := inspect(partial))
+            self._versions(summary)
+        return self._requeue(lease.ordinal, lease.attempt, reason=reason, partial=partial)
 
     async def take(self, num_groups: int, *, step: int) -> list[Group]:
         """Wait for `num_groups` groups and pack them into `step`. Returns them in order of issue, however they came in.
@@ -267,13 +321,17 @@ class LocalBuffer:
             Its incarnation. `check_consumer` fences whoever came before.
         """
         with self._ledger.together():
-            self._consumer = self._ledger.next_consumer()
+            consumer = self._ledger.next_consumer()
             released = self._ledger.release()
-        for instance in released:
-            assert instance.versions is not None
-            self._policy.release(instance.ordinal, versions=instance.versions)
-        self._wake()
-        return self._consumer
+        self._consumer = consumer
+        self._released(released)
+        return consumer
+
+    def release(self) -> int:
+        """Give back what is packed and not committed, to be taken again. Returns how many groups."""
+        released = self._ledger.release()
+        self._released(released)
+        return len(released)
 
     def check_consumer(self, incarnation: int) -> None:
         """Refuse a consumer that another has taken over from.
@@ -291,17 +349,42 @@ class LocalBuffer:
         """What is out, in order of issue."""
         return [self._leases[ordinal].lease for ordinal in sorted(self._leases)]
 
+    def leased(self, lease: Attempt) -> Lease | None:
+        """The lease of this attempt while it is out."""
+        known = self._leases.get(lease.ordinal)
+        return known.lease if known and known.lease.attempt == lease.attempt else None
+
     async def published(self, version: int) -> None:
         """Engines now answer as `version`: admission may go on.
+
+        A new consumer begins with the weights of the last commit, which may be older than what its predecessor had
+        published: what is running is then requeued, because no tokens of those weights can be trained any more.
 
         Raises:
             LedgerError: they answered as a newer one before.
         """
-        self._policy.publish(version)
+        fell_back = self._publisher != self._consumer and version < (self._policy.version or 0)
+        if not fell_back:
+            self._policy.publish(version)
+        self._ledger.remember(schema.PUBLISHED, json.dumps([self._consumer, version]))
+        self._publisher = self._consumer
+        if fell_back:
+            self._policy.version = version
+            for ordinal, running in sorted(self._policy.running.items()):
+                self._requeue(ordinal, running.attempt, reason="weights_lost")
         self._wake()
 
     async def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
-        """One atomic, durable transaction: everything packed up to `step` is committed and `checkpoint` is current."""
+        """One atomic, durable transaction: everything packed up to `step` is committed and `checkpoint` is current.
+
+        Asked again for the last step with the same checkpoint, because the answer got lost, it changes nothing.
+
+        Raises:
+            LedgerError: the step is committed already, with another checkpoint, or a later one is.
+        """
+        last = self._ledger.last_commit()
+        if last is not None and (last.step, last.checkpoint) == (step, checkpoint):
+            return
         self._ledger.commit(step, checkpoint=checkpoint, state=state)
         for ordinal in self._policy.commit(step):
             self._requeues.pop(ordinal, None)
@@ -326,6 +409,11 @@ class LocalBuffer:
             num_requeued=self._num_requeued,
             num_stale=self._num_stale,
         )
+
+    @property
+    def idle_s(self) -> float:
+        """Since anything moved."""
+        return self._clock() - self._last_move
 
     def describe(self) -> str:
         """Who waits for what, oldest first, for the watchdog and for error messages."""
@@ -402,15 +490,26 @@ class LocalBuffer:
             epoch=instance.epoch,
             attempt=attempt,
             prompt=prompt,
-            partial=(
-                None if payload is None else decode(payload, ordinal=ordinal, epoch=instance.epoch, attempt=attempt)
-            ),
+            partial=self._fit_part(decode(payload, ordinal=ordinal, epoch=instance.epoch, attempt=attempt))
+            if payload
+            else None,
         )
+
+    def _fit_part(self, group: Group) -> Group | None:
+        """The samples of a group that may still be trained; None when there are none."""
+        group.samples = [sample for sample in group.samples if not self._policy.why_unfit(versions_of([sample]))]
+        return group if group.samples else None
 
     def _leased_to(self, request: str) -> Lease | None:
         known = self._ledger.of_request(request)
-        running = self._leases.get(known.ordinal) if known else None
-        return running.lease if running else None
+        if known is None or known.state == State.ISSUED:  # given back since: a lease of it would be another one
+            return None
+        if known.ordinal not in self._leases:
+            raise LedgerError(
+                f"request {request!r} was answered with instance {known.ordinal}, which is {known.state} now. Give "
+                "every request a name of its own, and repeat the name only to repeat the request."
+            )
+        return self._leases[known.ordinal].lease
 
     def _taken(self, ordinal: int) -> Taken:
         payload = self._ledger.payload(ordinal)
@@ -419,25 +518,59 @@ class LocalBuffer:
         instance = self._ledger.instance(ordinal)
         return Taken(ordinal=ordinal, epoch=instance.epoch, attempt=instance.attempt, payload=payload)
 
-    def _hand_in(self, ordinal: int, attempt: int, summary: Summary, *, payload: bytes, drop: str) -> bool:
+    def _hand_in(self, results: Sequence[Result], *, summarise: Callable[[Result], Summary]) -> list[bool | SlimeError]:
+        """Everything is recorded in one transaction, and only then seen by the policy."""
+        answers: list[bool | SlimeError] = []
+        versions: dict[int, Versions | None] = {}
+        with self._ledger.together():
+            for result in results:
+                try:
+                    summary = summarise(result)
+                    answers.append(self._record(result, summary))
+                    versions[result.ordinal] = summary.versions
+                except StorageError:
+                    raise
+                except (DataError, LedgerError) as refused:
+                    answers.append(refused)
+        for result, answer in zip(results, answers, strict=True):
+            if not isinstance(answer, SlimeError):
+                self._ended(result.ordinal, recorded=answer, drop=result.drop, versions=versions[result.ordinal])
+        return answers
+
+    def _record(self, result: Result, summary: Summary) -> bool:
+        """In the ledger, inside the caller's transaction; a refusal comes before anything is written."""
+        self._check_prompt_uid(result.ordinal, summary)
+        outcome = self._outcome(summary)
+        if result.drop:
+            return self._ledger.drop(result.ordinal, attempt=result.attempt, reason=result.drop, outcome=outcome)
+        return self._ledger.graded(
+            result.ordinal,
+            attempt=result.attempt,
+            payload=result.payload,
+            versions=self._versions(summary),
+            outcome=outcome,
+        )
+
+    def _ended(self, ordinal: int, *, recorded: bool, drop: str = "", versions: Versions | None = None) -> bool:
+        """A lease ended: its group is ready, or dropped."""
+        if recorded:
+            del self._leases[ordinal]
+            if drop:
+                self._policy.drop(ordinal)
+                self._count_drop(drop)
+            else:
+                assert versions is not None
+                self._policy.put(ordinal, versions=versions)
+                self._drops_in_a_row.clear()
+        return self._recorded(recorded)
+
+    def _check_prompt_uid(self, ordinal: int, summary: Summary) -> None:
         uid = self._ledger.instance(ordinal).prompt_uid
         if summary.prompt_uid != uid:
             raise LedgerError(
                 f"got samples of prompt {summary.prompt_uid} for instance {ordinal}, which is prompt {uid}. Return the "
                 "group built for this lease, or drop the lease."
             )
-        outcome = self._outcome(summary)
-        if drop:
-            return self._drop(ordinal, attempt, reason=drop, outcome=outcome)
-        versions = self._versions(summary)
-        graded = self._recorded(
-            self._ledger.graded(ordinal, attempt=attempt, payload=payload, versions=versions, outcome=outcome)
-        )
-        if graded:
-            del self._leases[ordinal]
-            self._policy.put(ordinal, versions=versions)
-            self._drops_in_a_row.clear()
-        return graded
 
     def _check_push(self, request: str, payload: bytes, *, coming: Sequence[int]) -> Pushed:
         summary = inspect(payload)
@@ -492,32 +625,32 @@ class LocalBuffer:
         self._wake()
         return recorded
 
-    def _drop(self, ordinal: int, attempt: int, *, reason: str, outcome: Outcome | None = None) -> bool:
-        dropped = self._recorded(self._ledger.drop(ordinal, attempt=attempt, reason=reason, outcome=outcome))
-        if dropped:
-            del self._leases[ordinal]
-            self._policy.drop(ordinal)
-            self._count_drop(reason)
-        return dropped
+    def _released(self, instances: Sequence[Instance]) -> None:
+        for instance in instances:
+            assert instance.versions is not None
+            self._policy.release(instance.ordinal, versions=instance.versions)
+        self._wake()
 
-    def _requeue(self, ordinal: int, attempt: int, *, reason: str, partial: Group | None = None) -> None:
-        self._requeues[ordinal] += 1
-        given_up = self._requeues[ordinal] > self._max_requeues or self._ledger.instance(ordinal).position is None
-        samples = None if partial is None or given_up else encode(partial)
+    def _requeue(self, ordinal: int, attempt: int, *, reason: str, partial: bytes | None = None) -> bool:
+        num_requeues = self._requeues[ordinal] + 1
+        given_up = num_requeues > self._max_requeues or self._ledger.instance(ordinal).position is None
+        partial = None if given_up else partial
         with self._ledger.together():
-            requeued = self._ledger.requeue(ordinal, attempt=attempt, reason=reason, partial=samples)
+            requeued = self._ledger.requeue(ordinal, attempt=attempt, reason=reason, partial=partial)
             if requeued and given_up:
-                reason = f"given up after {self._requeues[ordinal]} attempts: {reason}"
+                reason = f"given up after {num_requeues} attempts: {reason}"
                 self._ledger.drop(ordinal, attempt=attempt + 1, reason=reason)
         if not self._recorded(requeued):
-            return
+            return False
         self._leases.pop(ordinal, None)
+        self._requeues[ordinal] = num_requeues
         self._num_requeued += 1
         if given_up:
             self._policy.give_up(ordinal)
             self._count_drop(reason)
         else:
-            self._policy.requeue(ordinal, attempt=attempt + 1, partial=samples is not None)
+            self._policy.requeue(ordinal, attempt=attempt + 1, partial=partial is not None)
+        return True
 
     async def _select(self, num_groups: int, *, step: int) -> list[int]:
         self._taking = f"step {step} waits for {num_groups} groups"
@@ -532,8 +665,8 @@ class LocalBuffer:
     def _fit(self, num_groups: int) -> list[int]:
         for ordinal, reason in self._policy.unfit().items():
             group = _group(self._taken(ordinal))
-            group.samples = [sample for sample in group.samples if self._policy.why_unfit(versions_of([sample])) == ""]
-            self._requeue(ordinal, group.attempt, reason=reason, partial=group if group.samples else None)
+            part = self._fit_part(group)
+            self._requeue(ordinal, group.attempt, reason=reason, partial=encode(part) if part else None)
         return self._policy.select(num_groups)
 
     def _count_drop(self, reason: str) -> None:

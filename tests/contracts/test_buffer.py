@@ -236,12 +236,14 @@ async def test_a_partial_group_is_issued_first_and_comes_with_its_samples(buffer
 
 
 async def test_a_committed_or_packed_step_cannot_be_made_again(buffer: Buffer) -> None:
+    """Pins: a step that trains twice; while the same commit, sent again because its answer got lost, is no error."""
     await buffer.published(0)
     await keep(buffer, *await admit(buffer, PROMPTS_PER_STEP))
     await buffer.take(PROMPTS_PER_STEP, step=1)
     await buffer.commit(1, checkpoint="step_1", state={})
+    await buffer.commit(1, checkpoint="step_1", state={})
     with pytest.raises(LedgerError):
-        await buffer.commit(1, checkpoint="step_1", state={})
+        await buffer.commit(1, checkpoint="another", state={})
     await buffer.published(1)
     await keep(buffer, *await admit(buffer, PROMPTS_PER_STEP), version=1)
     with pytest.raises(LedgerError):
