@@ -207,6 +207,7 @@ class MicroBatch:
     it is split, so that no split changes the gradient."""
     advantages: Float32
     rollout_logprobs: Float32
+    """NaN for tokens of unknown probability: their samples were rolled out elsewhere and came without."""
     old_logprobs: Float32 | None
     """Trainer's log-probs before the step's first update; None means the current ones, detached (ratio 1)."""
     temperatures: Float32

@@ -107,7 +107,7 @@ def _sequence(sample: Sample, *, advantage: float, weight: float) -> TrainSequen
     return TrainSequence(
         tokens=np.array(sample.tokens, dtype=np.int64),
         weights=mask * np.float32(weight),
-        rollout_logprobs=logprobs * mask,
+        rollout_logprobs=np.where(mask > 0, logprobs, np.float32(0)),
         advantage=advantage,
         temperature=sample.temperature,
     )

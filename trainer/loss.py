@@ -31,7 +31,7 @@ class LossInputs:
     """0 where nothing is trained."""
     advantages: Tensor
     rollout_logprobs: Tensor
-    """As the engine reported them; 0 where nothing is trained."""
+    """As the engine reported them, or `old_logprobs` where it reported none; 0 where nothing is trained."""
     old_logprobs: Tensor
     """The trainer's own before the first update of this step."""
     cu_seqlens: Tensor

@@ -1,6 +1,7 @@
 """Numbers about a step that do not depend on how it was split: from positions to one value, the same on every rank.
 
-A name ending in ``_max`` is reduced by maximum over the trained tokens, ``loss/total`` by sum, every other by mean.
+A name ending in ``_max`` is reduced by maximum over the trained tokens, ``loss/total`` by sum, every other by mean; the
+``mismatch/`` ones by mean over the trained tokens whose rollout told a log-prob.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from slime.types import Metrics
 
 TOTAL = "loss/total"
 COUNT = "num_trained_tokens"
+KNOWN = "mismatch/known_share"
 
 
 def mismatch(old_logprobs_T: Tensor, rollout_logprobs_T: Tensor) -> dict[str, Tensor]:
     """How far the trainer's log-probs are from the engine's, in nats, at each position.
 
     ``mismatch/kl`` averages to the k3 estimate of KL(rollout || train) (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        rollout_logprobs_T: NaN where the rollout told none; there is no difference there, and it counts in no mean.
     """
-    difference_T = old_logprobs_T - rollout_logprobs_T
+    known_T = ~rollout_logprobs_T.isnan()
+    difference_T = torch.where(known_T, old_logprobs_T - rollout_logprobs_T, 0.0)
     return {
+        KNOWN: known_T.float(),
         "mismatch/logprob_abs_mean": difference_T.abs(),
         "mismatch/logprob_abs_max": difference_T.abs(),
         "mismatch/kl": difference_T.expm1() - difference_T,
@@ -48,6 +55,10 @@ def reduce_over_ranks(sums: Sequence[Mapping[str, Tensor]], *, group: distribute
     count = max(1.0, float(summed.pop(COUNT)))
     total = {TOTAL: float(summed.pop(TOTAL))}
     means = {name: float(value) / count for name, value in summed.items()}
+    if known := means.get(KNOWN):
+        means |= {
+            name: value / known for name, value in means.items() if name.startswith("mismatch/") and name != KNOWN
+        }
     return total | means | {name: float(value) for name, value in largest.items()}
 
 

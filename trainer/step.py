@@ -156,7 +156,8 @@ class TrainStep:
         def reduce(output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss_T, measured = _token_loss(loss, output_T, entropy_T, inputs)
             if compare_with_rollout:
-                measured = {**measured, **mismatch(inputs.old_logprobs, inputs.rollout_logprobs)}
+                reported_T = self._tensor(micro_batch.rollout_logprobs)
+                measured = {**measured, **mismatch(inputs.old_logprobs, reported_T)}
             total = (inputs.weights * loss_T).sum()
             num_tokens = torch.zeros(
                 (), dtype=torch.int, device=total.device
@@ -176,12 +177,13 @@ class TrainStep:
         return token_logprobs(logits_1TV[0], self._tensor(micro_batch.targets), self._tensor(micro_batch.temperatures))
 
     def _inputs(self, micro_batch: MicroBatch, *, current_T: Tensor) -> LossInputs:
-        old = micro_batch.old_logprobs
+        old_T = current_T if micro_batch.old_logprobs is None else self._tensor(micro_batch.old_logprobs)
+        rollout_T = self._tensor(micro_batch.rollout_logprobs)
         return LossInputs(
             weights=self._tensor(micro_batch.weights),
             advantages=self._tensor(micro_batch.advantages),
-            rollout_logprobs=self._tensor(micro_batch.rollout_logprobs),
-            old_logprobs=current_T if old is None else self._tensor(old),
+            rollout_logprobs=torch.where(rollout_T.isnan(), old_T, rollout_T),
+            old_logprobs=old_T,
             cu_seqlens=self._tensor(micro_batch.cu_seqlens),
         )
 

@@ -276,6 +276,28 @@ def test_mismatch_is_zero_against_the_trainers_own_logprobs_and_measured_otherwi
     metrics = step(ranks, TrainBatch(updates=[[shifted]], metrics={}))
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["mismatch/kl"] == pytest.approx(np.exp(0.5) - 1.5, abs=1e-5)
+    assert metrics["mismatch/known_share"] == 1
+
+
+def test_tokens_of_unknown_probability_train_on_policy_and_are_not_metered(ranks: Ranks, model: Path) -> None:
+    """Pins a NaN that skips every update with pushed conversations, and zeros that make the mismatch look small."""
+    ranks.start(fp32(model, loss=LossConfig(importance_cap=1.5)))
+    ((micro_batches,),) = batch().updates
+    (own,) = ranks.call(TrainWorker.logprobs, micro_batches)
+    off = [
+        np.where(mb.weights > 0, own_T - 0.5, 0).astype(np.float32)
+        for mb, own_T in zip(micro_batches, own, strict=True)
+    ]
+    told = [replace(mb, rollout_logprobs=off_T) for mb, off_T in zip(micro_batches, off, strict=True)]
+    unknown = [
+        replace(mb, rollout_logprobs=np.where(np.arange(len(off_T)) % 2, np.nan, off_T).astype(np.float32))
+        for mb, off_T in zip(told, off, strict=True)
+    ]
+    metrics = step(ranks, TrainBatch(updates=[[unknown]], metrics={}))
+    assert metrics["loss/skipped_updates"] == 0
+    assert 0 < metrics["mismatch/known_share"] < 1
+    assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["loss/importance_capped_share"] == pytest.approx(metrics["mismatch/known_share"]), "exp(0.5) > 1.5"
 
 
 def test_later_updates_of_a_step_are_off_policy(ranks: Ranks, model: Path) -> None:
