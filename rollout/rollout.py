@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
 from rollout.client import Completion, GenerationClient
@@ -15,6 +16,7 @@ from slime.protocols import GenerateHook
 from slime.types import Group, Lease, Prompt, Sample, Status
 
 STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+FINISHED = (Status.COMPLETED, Status.TRUNCATED)
 
 
 class PromptTooLong(PromptError):  # noqa: N818  # it is what happened, like StopRun
@@ -93,6 +95,10 @@ class Rollout:
     async def generate(self, lease: Lease) -> Group:
         """Roll out the leased prompt.
 
+        Of the samples an earlier attempt left, finished ones are kept, and aborted ones go on from their tokens under
+        the same seed and limits: their version spans tell which weights sampled what. A hook's aborted samples begin
+        anew, since only the hook knows what led to their tokens.
+
         Raises:
             PromptTooLong: it does not fit into the context; the lease yields nothing.
             HookError: the user's generate hook failed.
@@ -104,6 +110,7 @@ class Rollout:
             temperature=self._config.temperature,
             salt=f"epoch {lease.epoch}",
             rollout_prefix=f"{lease.prompt.uid}:{lease.ordinal}:{lease.attempt}",
+            begun=lease.partial.samples if lease.partial else (),
         )
         return Group(
             prompt=lease.prompt, ordinal=lease.ordinal, epoch=lease.epoch, attempt=lease.attempt, samples=samples
@@ -126,32 +133,38 @@ class Rollout:
         )
 
     async def _samples(
-        self, prompt: Prompt, *, num_samples: int, temperature: float, salt: str, rollout_prefix: str
+        self,
+        prompt: Prompt,
+        *,
+        num_samples: int,
+        temperature: float,
+        salt: str,
+        rollout_prefix: str,
+        begun: Sequence[Sample] = (),
     ) -> list[Sample]:
-        samples = [
+        kept = {sample.index: sample for sample in begun if sample.status in FINISHED}
+        aborted = [] if self._hook else [copy.deepcopy(sample) for sample in begun if sample.status is Status.ABORTED]
+        new = [
             Sample(prompt_uid=prompt.uid, index=i, rollout_id=f"{rollout_prefix}:{i}", temperature=temperature)
-            for i in range(num_samples)
+            for i in sorted(set(range(num_samples)) - kept.keys() - {sample.index for sample in aborted})
         ]
-        seeds = (
-            [sample_seed(self._seed, prompt.uid, salt=salt, index=i) for i in range(num_samples)]
-            if self._deterministic
-            else None
-        )
         if self._hook is None:
-            await self._one_turn(prompt, samples, seeds=seeds)
+            calls = [self._continue(sample, seed=self._seed_of(sample, salt=salt)) for sample in aborted]
+            await _all(([self._one_turn(prompt, new, salt=salt)] if new else []) + calls)
         else:
-            await self._run_hook(self._hook, prompt, samples, seeds=seeds)
-        return samples
+            await _all([self._run_hook(self._hook, prompt, sample, salt=salt) for sample in new])
+        return sorted([*kept.values(), *aborted, *new], key=lambda sample: sample.index)
 
-    async def _one_turn(self, prompt: Prompt, samples: list[Sample], *, seeds: Sequence[int] | None) -> None:
+    async def _one_turn(self, prompt: Prompt, samples: list[Sample], *, salt: str) -> None:
         tokens = self._tokenizer.encode_prompt(prompt)
         self._require_room(prompt, len(tokens))
+        seeds = [seed for sample in samples if (seed := self._seed_of(sample, salt=salt)) is not None]
         completions = await self._client.generate(
             tokens,
             max_new_tokens=self._config.max_response_tokens,
             temperature=samples[0].temperature,
             num_samples=len(samples),
-            seeds=seeds,
+            seeds=seeds or None,
             stop_token_ids=self._tokenizer.eos_token_ids,
         )
         for sample, completion in zip(samples, completions, strict=True):
@@ -159,26 +172,36 @@ class Rollout:
             append(sample, completion)
             sample.response = self._tokenizer.decode(completion.tokens)
 
-    async def _run_hook(
-        self, hook: GenerateHook, prompt: Prompt, samples: list[Sample], *, seeds: Sequence[int] | None
-    ) -> None:
-        async def fill(sample: Sample) -> None:
-            turns = Turns(
-                client=self._client,
-                tokenizer=self._tokenizer,
-                max_response_tokens=self._config.max_response_tokens,
-                seed=None if seeds is None else seeds[sample.index],
-            )
-            with boundary(HookError, f"rollout.generate = {self._config.generate!r}"):
-                await hook(prompt, sample, turns)
-            self._finish(sample)
+    async def _continue(self, sample: Sample, *, seed: int | None) -> None:
+        """Sample the rest of an answer that was stopped."""
+        if sample.num_response_tokens < self._config.max_response_tokens:
+            await self._turns(seed).generate(sample)
+        else:
+            sample.status = Status.TRUNCATED
+        sample.response = self._response(sample)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for sample in samples:
-                    tasks.create_task(fill(sample))
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # the others were cancelled because of it
+    async def _run_hook(self, hook: GenerateHook, prompt: Prompt, sample: Sample, *, salt: str) -> None:
+        turns = self._turns(self._seed_of(sample, salt=salt))
+        with boundary(HookError, f"rollout.generate = {self._config.generate!r}"):
+            await hook(prompt, sample, turns)
+        self._finish(sample)
+
+    def _turns(self, seed: int | None) -> Turns:
+        return Turns(
+            client=self._client,
+            tokenizer=self._tokenizer,
+            max_response_tokens=self._config.max_response_tokens,
+            seed=seed,
+        )
+
+    def _seed_of(self, sample: Sample, *, salt: str) -> int | None:
+        if not self._deterministic:
+            return None
+        return sample_seed(self._seed, sample.prompt_uid, salt=salt, index=sample.index)
+
+    def _response(self, sample: Sample) -> str:
+        sampled = [token for token, mask in zip(sample.tokens, sample.loss_mask, strict=True) if mask]
+        return self._tokenizer.decode(sampled)
 
     def _finish(self, sample: Sample) -> None:
         if not len(sample.tokens) == len(sample.loss_mask) == len(sample.rollout_logprobs):
@@ -193,8 +216,7 @@ class Rollout:
                 "once, or drop the prompt with buffer.filter"
             )
         if not sample.response:
-            sampled = [token for token, mask in zip(sample.tokens, sample.loss_mask, strict=True) if mask]
-            sample.response = self._tokenizer.decode(sampled)
+            sample.response = self._response(sample)
 
     def _require_room(self, prompt: Prompt, num_prompt_tokens: int) -> None:
         limit = self._config.max_response_tokens
@@ -204,6 +226,16 @@ class Rollout:
                 f"is more than the model's context of {self._tokenizer.max_length}. Shorten the prompt, or lower "
                 "rollout.max_response_tokens"
             )
+
+
+async def _all(calls: Sequence[Coroutine[None, None, None]]) -> None:
+    """Await calls side by side; the first failure cancels the others and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for call in calls:
+                tasks.create_task(call)
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 def append(sample: Sample, completion: Completion) -> None:

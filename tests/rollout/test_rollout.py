@@ -14,7 +14,7 @@ from rollout.rollout import PromptTooLong, Rollout, Turns
 from rollout.tokenizer import Tokenizer
 from slime.config import RolloutConfig
 from slime.errors import HookError, ModelError
-from slime.types import Lease, Prompt, Sample, Status, VersionSpan
+from slime.types import Group, Lease, Prompt, Sample, Status, VersionSpan
 from tests.builders import WORDS, make_model, make_prompt
 
 
@@ -111,6 +111,68 @@ async def test_evaluation_samples_take_their_own_number_and_temperature(tokenize
     samples = await make_rollout(client, tokenizer).sample(make_prompt(), num_samples=2, temperature=0.0)
     assert [sample.temperature for sample in samples] == [0.0, 0.0]
     assert client.asked[0]["temperature"] == 0.0
+
+
+def begun(status: Status, *, index: int, tokenizer: Tokenizer, num_sampled: int = 2) -> Sample:
+    """A sample of an earlier attempt, sampled by version 1."""
+    sample = Sample(prompt_uid="p0", index=index, rollout_id=f"p0:7:0:{index}", status=status, response="1")
+    sample.append(tokenizer.encode_prompt(make_prompt()))
+    sample.append([WORDS.index("1")] * num_sampled, logprobs=[-1.0] * num_sampled, version=1)
+    return sample
+
+
+def continued(*samples: Sample) -> Lease:
+    partial = Group(prompt=make_prompt(), ordinal=7, epoch=0, attempt=1, samples=list(samples))
+    return make_lease(attempt=1, partial=partial)
+
+
+async def test_a_partial_group_is_completed_from_what_it_has(tokenizer: Tokenizer) -> None:
+    """Pins: finished answers that are sampled again, so that only short ones survive, and tokens thrown away."""
+    client = FakeClient()
+    finished = begun(Status.TRUNCATED, index=2, tokenizer=tokenizer)
+    stopped = begun(Status.ABORTED, index=1, tokenizer=tokenizer)
+    rollout = make_rollout(client, tokenizer, deterministic=True)
+    group = await rollout.generate(continued(finished, stopped))
+    assert [sample.index for sample in group.samples] == [0, 1, 2]
+    assert group.samples[2] == finished
+    prompt = tokenizer.encode_prompt(make_prompt())
+    one = group.samples[1]
+    assert one.tokens == [*stopped.tokens, WORDS.index("3"), WORDS.index("<e>")]
+    assert [span.version for span in one.version_spans] == [1, 4, 5], "which weights sampled what stays visible"
+    assert (one.response, one.status, one.loss_mask) == ("1 1 3", Status.COMPLETED, [0] * len(prompt) + [1] * 4)
+    anew, goes_on = sorted(client.asked, key=lambda asked: len(asked["prompt_tokens"]))
+    assert (anew["prompt_tokens"], anew["num_samples"], anew["max_new_tokens"]) == (prompt, 1, 8)
+    assert (goes_on["prompt_tokens"], goes_on["max_new_tokens"]) == (stopped.tokens, 6)
+    whole = FakeClient()
+    await make_rollout(whole, tokenizer, deterministic=True).generate(make_lease())
+    assert [*anew["seeds"], *goes_on["seeds"]] == whole.asked[0]["seeds"][:2], "the draws of the first attempt"
+    assert len(stopped.tokens) == len(prompt) + 2, "the lease may be handed out again"
+
+
+async def test_an_answer_stopped_at_its_limit_is_not_asked_for_more(tokenizer: Tokenizer) -> None:
+    """Pins: a request for 0 tokens, which the engine refuses and which would end the run."""
+    client = FakeClient()
+    samples = [begun(Status.ABORTED, index=i, tokenizer=tokenizer, num_sampled=8) for i in range(3)]
+    group = await make_rollout(client, tokenizer).generate(continued(*samples))
+    assert {sample.status for sample in group.samples} == {Status.TRUNCATED}
+    assert client.asked == []
+
+
+async def test_a_hook_keeps_its_finished_samples_and_begins_aborted_ones_anew(tokenizer: Tokenizer) -> None:
+    """Pins: a tool's state that nobody restored under tokens that were sampled with it."""
+    filled: list[int] = []
+
+    async def hook(prompt: Prompt, sample: Sample, client: Turns) -> None:
+        filled.append(sample.index)
+        sample.append(client.tokenizer.encode_prompt(prompt))
+        await client.generate(sample)
+
+    finished = begun(Status.COMPLETED, index=0, tokenizer=tokenizer)
+    stopped = begun(Status.ABORTED, index=1, tokenizer=tokenizer)
+    group = await make_rollout(FakeClient(), tokenizer, hook=hook).generate(continued(finished, stopped))
+    assert sorted(filled) == [1, 2]
+    assert group.samples[0] == finished
+    assert [span.version for sample in group.samples[1:] for span in sample.version_spans] == [4, 5, 4, 5]
 
 
 async def test_a_hook_takes_several_turns_and_given_tokens_are_not_trained(tokenizer: Tokenizer) -> None:
