@@ -225,10 +225,22 @@ def _commits(history: _History, books: _Books) -> Iterator[str]:
         step, found = calls[0].said["step"], on_record.get(checkpoint)
         if any(call.is_ok for call in calls) and found != step:
             yield f"commit of {checkpoint} at step {step}: acknowledged, and not on record"
-        if found is not None and all(call.is_refused for call in calls):
+        if found is not None and all(call.is_refused and not _fenced_meanwhile(call, history) for call in calls):
             yield f"commit of {checkpoint} at step {step}: refused, and on record"
     for checkpoint in on_record.keys() - history.commits.keys():
         yield f"commit of {checkpoint}: on record, and nobody asked for it"
+
+
+def _fenced_meanwhile(commit: Operation, history: _History) -> bool:
+    """Whether another consumer may have taken over between the commit and a repetition of it, which was refused."""
+    takeovers = [
+        takeover
+        for takeover in history.of("consume")
+        if takeover.answer and takeover.answer["consumer"] > commit.said["consumer"]
+    ]
+    return commit.error == "Fenced" and all(
+        takeover.ended is None or takeover.ended > commit.began for takeover in takeovers
+    )
 
 
 def _takes(history: _History) -> Iterator[str]:

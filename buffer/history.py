@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from slime.errors import DataError, LedgerError, StorageError
+from slime.errors import DataError, LedgerError, SlimeError, StorageError
 from slime.types import Group, Sample
 
 Said = Mapping[str, Any]
@@ -41,6 +41,8 @@ class Operation:
     """None when nobody knows whether it happened."""
     answer: Said | None = None
     """None when it was refused, and while it is unknown."""
+    error: str | None = None
+    """The class of the error it was refused with."""
 
     @property
     def is_ok(self) -> bool:
@@ -48,7 +50,7 @@ class Operation:
 
     @property
     def is_refused(self) -> bool:
-        return self.ended is not None and self.answer is None
+        return self.error is not None
 
 
 class History:
@@ -67,29 +69,49 @@ class History:
     ) -> None:
         self._file.close()
 
-    @contextmanager
-    def operation(self, kind: str, **said: Any) -> Iterator[Callable[..., None]]:
-        """Record what happens inside as one operation; call what it gives with the answer.
-
-        A typed refusal is recorded as one and goes on; anything else that raises leaves the operation unknown.
-        """
+    def begin(self, kind: str, **said: Any) -> Call:
+        """Record that a client is about to call."""
         number, self._num_operations = self._num_operations, self._num_operations + 1
         self._write(op=number, **{"is": "invoke"}, do=kind, **said)
+        return Call(self, number)
 
-        def ok(**answer: Any) -> None:
-            self.num_ok += 1
-            self._write(op=number, **{"is": "ok"}, **answer)
+    @contextmanager
+    def operation(self, kind: str, **said: Any) -> Iterator[Call]:
+        """Record what happens inside as one call, and a typed refusal as its end.
 
+        Anything else that is raised leaves the operation unknown.
+        """
+        call = self.begin(kind, **said)
         try:
-            yield ok
+            yield call
         except StorageError:
             raise  # its transaction may have reached the disk
-        except (LedgerError, DataError) as refused:
-            self._write(op=number, **{"is": "fail"}, error=type(refused).__name__)
+        except (LedgerError, DataError) as error:
+            call.refused(error)
             raise
+
+    def end(self, number: int, what: str, **told: Any) -> None:
+        self.num_ok += what == "ok"
+        self._write(op=number, **{"is": what}, **told)
 
     def _write(self, **line: Any) -> None:
         self._file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An operation that has begun."""
+
+    history: History
+    number: int
+
+    def ok(self, **answer: Any) -> None:
+        """It happened, and this was the answer."""
+        self.history.end(self.number, "ok", **answer)
+
+    def refused(self, error: SlimeError) -> None:
+        """It did not happen."""
+        self.history.end(self.number, "fail", error=type(error).__name__)
 
 
 def read_history(lines: Sequence[str]) -> list[Operation]:
@@ -98,10 +120,13 @@ def read_history(lines: Sequence[str]) -> list[Operation]:
     for place, line in enumerate(lines):
         record: dict[str, Any] = json.loads(line)
         number, what = record.pop("op"), record.pop("is")
-        if what == "invoke":
-            operations[number] = Operation(kind=record.pop("do"), said=record, began=place)
-        else:
-            operations[number] = replace(operations[number], ended=place, answer=record if what == "ok" else None)
+        match what:
+            case "invoke":
+                operations[number] = Operation(kind=record.pop("do"), said=record, began=place)
+            case "ok":
+                operations[number] = replace(operations[number], ended=place, answer=record)
+            case _:
+                operations[number] = replace(operations[number], ended=place, error=record["error"])
     return list(operations.values())
 
 

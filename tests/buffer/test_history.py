@@ -37,56 +37,56 @@ class Recorded:
     async def rollout(self, *, version: int) -> None:
         """One attempt is given back, the next handed in twice; another prompt is dropped."""
         failed = await self._admit(f"failed {version}")
-        with self.history.operation("requeue", ordinal=failed.ordinal, attempt=failed.attempt) as ok:
+        with self.history.operation("requeue", ordinal=failed.ordinal, attempt=failed.attempt) as call:
             await self.buffer.requeue(failed, reason="engine died")
-            ok()
+            call.ok()
         lease = await self._admit(f"admit {version}")
         group = make_group(uid=lease.prompt.uid, ordinal=lease.ordinal, version=version)
         group.attempt = lease.attempt
         for _ in range(2):
             said = dict(uid=lease.prompt.uid, samples=fingerprint(group), version=version)
-            with self.history.operation("put", ordinal=lease.ordinal, attempt=lease.attempt, **said) as ok:
+            with self.history.operation("put", ordinal=lease.ordinal, attempt=lease.attempt, **said) as call:
                 await self.buffer.put(lease, group, keep=True)
-                ok()
+                call.ok()
         dropped = await self._admit(f"dropped {version}")
-        with self.history.operation("drop", ordinal=dropped.ordinal, attempt=dropped.attempt) as ok:
+        with self.history.operation("drop", ordinal=dropped.ordinal, attempt=dropped.attempt) as call:
             await self.buffer.drop(dropped, reason="filtered")
-            ok()
+            call.ok()
 
     async def _admit(self, request: str) -> Lease:
-        with self.history.operation("admit", request=request) as ok:
+        with self.history.operation("admit", request=request) as call:
             lease = await self.buffer.admit(request=request)
-            ok(ordinal=lease.ordinal, attempt=lease.attempt)
+            call.ok(ordinal=lease.ordinal, attempt=lease.attempt)
         return lease
 
     async def push(self, request: str, *, version: int) -> None:
         group = make_group(uid=f"{version + 100:016x}", version=version)
         said = dict(uid=group.prompt.uid, samples=fingerprint(group), version=version)
-        with self.history.operation("push", request=request, **said) as ok:
+        with self.history.operation("push", request=request, **said) as call:
             (answer,) = await self.buffer.push([(request, encode(group))])
             if isinstance(answer, Exception):
                 raise answer
-            ok(ordinal=answer)
+            call.ok(ordinal=answer)
 
     def consume(self) -> int:
-        with self.history.operation("consume") as ok:
+        with self.history.operation("consume") as call:
             consumer = self.buffer.consume()
-            ok(consumer=consumer)
+            call.ok(consumer=consumer)
         return consumer
 
     async def take(self, *, consumer: int, step: int) -> list[Group]:
-        with self.history.operation("take", consumer=consumer, step=step) as ok:
+        with self.history.operation("take", consumer=consumer, step=step) as call:
             self.buffer.check_consumer(consumer)
             groups = await self.buffer.take(GROUPS_PER_STEP, step=step)
-            ok(groups=[[group.ordinal, group.attempt, fingerprint(group)] for group in groups])
+            call.ok(groups=[[group.ordinal, group.attempt, fingerprint(group)] for group in groups])
         return groups
 
     async def commit(self, *, consumer: int, step: int) -> None:
         checkpoint = f"step_{step} of {consumer}"
-        with self.history.operation("commit", consumer=consumer, step=step, checkpoint=checkpoint) as ok:
+        with self.history.operation("commit", consumer=consumer, step=step, checkpoint=checkpoint) as call:
             self.buffer.check_consumer(consumer)
             await self.buffer.commit(step, checkpoint=checkpoint, state={})
-            ok()
+            call.ok()
 
 
 async def a_run(directory: Path) -> None:
