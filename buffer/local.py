@@ -176,6 +176,8 @@ class LocalBuffer:
             return known
         while self._closed or not self._policy.capacity:
             await self._change()
+            if request is not None and (known := self._leased_to(request)):  # asked twice at once
+                return known
         waiting = self._policy.next_waiting()
         with self._ledger.together():
             lease = self._lease(waiting.ordinal, waiting.attempt) if waiting else self._issue()
@@ -239,22 +241,22 @@ class LocalBuffer:
             the staleness bound admits no more at this weight version.
         """
         answers: dict[str, int | SlimeError] = {}
-        accepted: list[Pushed] = []
+        accepted: dict[str, Pushed] = {}
+        coming: Counter[int] = Counter()
         for request, payload in groups:
-            if request in answers:
+            if request in answers or request in accepted:
                 continue
             if known := self._ledger.of_request(request):
                 answers[request] = known.ordinal
                 continue
             try:
-                accepted.append(
-                    self._check_push(request, payload, coming=[group.versions.oldest for group in accepted])
-                )
+                accepted[request] = self._check_push(request, payload, coming=coming)
+                coming[accepted[request].versions.oldest] += 1
             except (DataError, LedgerError) as refused:
                 answers[request] = refused
-        ordinals = self._ledger.push(accepted)
-        for ordinal, group in zip(ordinals, accepted, strict=True):
-            answers[group.request] = ordinal
+        ordinals = self._ledger.push(list(accepted.values()))
+        for ordinal, (request, group) in zip(ordinals, accepted.items(), strict=True):
+            answers[request] = ordinal
             self._policy.push(ordinal, versions=group.versions)
         self._wake()
         return [answers[request] for request, _ in groups]
@@ -305,13 +307,28 @@ class LocalBuffer:
         """
         return [_group(taken) for taken in await self.take_payloads(num_groups, step=step)]
 
-    async def take_payloads(self, num_groups: int, *, step: int) -> list[Taken]:
-        """`take`, as bytes."""
-        ordinals = sorted(ordinal for ordinal, packed_step in self._policy.packed.items() if packed_step == step)
-        if not ordinals:
-            ordinals = await self._select(num_groups, step=step)
-            self._ledger.pack(ordinals, step=step)
-            self._policy.pack(ordinals, step=step)
+    async def take_payloads(self, num_groups: int, *, step: int, consumer: int | None = None) -> list[Taken]:
+        """`take`, as bytes.
+
+        Args:
+            consumer: who takes; see `check_consumer`.
+
+        Raises:
+            Fenced: another consumer took over, before or while this one waited.
+        """
+        self._taking = f"step {step} waits for {num_groups} groups"
+        try:
+            while not (ordinals := self._packed_into(step)):
+                if consumer is not None:
+                    self.check_consumer(consumer)
+                if ordinals := self._fit(num_groups):
+                    self._ledger.pack(ordinals, step=step)
+                    self._policy.pack(ordinals, step=step)
+                    break
+                self._check_drops()
+                await self._change(timeout_s=self._stall_timeout_s)
+        finally:
+            self._taking = ""
         return [self._taken(ordinal) for ordinal in ordinals]
 
     def consume(self) -> int:
@@ -348,6 +365,10 @@ class LocalBuffer:
     def leases(self) -> list[Lease]:
         """What is out, in order of issue."""
         return [self._leases[ordinal].lease for ordinal in sorted(self._leases)]
+
+    def expire(self, lease: Attempt) -> None:
+        """Requeue a lease whose holder is silent; what the holder still hands in is discarded."""
+        self._requeue(lease.ordinal, lease.attempt, reason="lease_expired")
 
     def leased(self, lease: Attempt) -> Lease | None:
         """The lease of this attempt while it is out."""
@@ -433,7 +454,7 @@ class LocalBuffer:
             f"{len(policy.waiting)} waiting to be issued again; nothing moved for {now - self._last_move:.0f} s"
         )
 
-    # What follows is bookkeeping; nothing in it awaits but `_select` and `_change`.
+    # What follows is bookkeeping; nothing in it awaits but `_change`.
 
     def _restore(self) -> None:
         """Rebuild the policy's view, and the leases that are out, from the ledger."""
@@ -455,11 +476,11 @@ class LocalBuffer:
                 case State.RUNNING | State.GENERATED:
                     self._check_prompt(instance)
                     assert instance.versions is not None
-                    policy.running[ordinal] = Running(attempt=attempt, version=instance.versions.oldest)
+                    policy.run(ordinal, Running(attempt=attempt, version=instance.versions.oldest))
                     self._leases[ordinal] = _Lease(lease=self._lease(ordinal, attempt), since=self._clock())
                 case State.GRADED:
                     assert instance.versions is not None
-                    policy.ready[ordinal] = instance.versions
+                    policy.push(ordinal, versions=instance.versions)
                 case _:
                     assert instance.step is not None
                     policy.packed[ordinal] = instance.step
@@ -572,7 +593,7 @@ class LocalBuffer:
                 "group built for this lease, or drop the lease."
             )
 
-    def _check_push(self, request: str, payload: bytes, *, coming: Sequence[int]) -> Pushed:
+    def _check_push(self, request: str, payload: bytes, *, coming: Counter[int]) -> Pushed:
         summary = inspect(payload)
         versions = self._versions(summary)
         if self._policy.staleness(versions) > self._policy.max_staleness:
@@ -582,7 +603,7 @@ class LocalBuffer:
             )
         if not self._policy.room(versions.oldest, coming=coming):
             raise BufferFull(
-                f"{self._policy.num_admitted + len(coming)} groups are admitted, and version {self._policy.version} "
+                f"{self._policy.num_admitted + coming.total()} groups are admitted, and version {self._policy.version} "
                 f"allows {self._policy.limit}, fewer of old tokens. Push again after the next training step, or allow "
                 "more staleness."
             )
@@ -652,15 +673,8 @@ class LocalBuffer:
             self._policy.requeue(ordinal, attempt=attempt + 1, partial=partial is not None)
         return True
 
-    async def _select(self, num_groups: int, *, step: int) -> list[int]:
-        self._taking = f"step {step} waits for {num_groups} groups"
-        try:
-            while not (ordinals := self._fit(num_groups)):
-                self._check_drops()
-                await self._change(timeout_s=self._stall_timeout_s)
-        finally:
-            self._taking = ""
-        return ordinals
+    def _packed_into(self, step: int) -> list[int]:
+        return sorted(ordinal for ordinal, packed_step in self._policy.packed.items() if packed_step == step)
 
     def _fit(self, num_groups: int) -> list[int]:
         for ordinal, reason in self._policy.unfit().items():

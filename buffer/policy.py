@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -91,6 +92,8 @@ class Policy:
     """Groups to be trained, by ordinal."""
     packed: dict[int, int] = field(default_factory=dict)
     """Ordinal → step."""
+    _out: Counter[int] = field(default_factory=Counter)
+    """Oldest version → how many running and ready groups have it: `room` is asked for with every group."""
 
     @property
     def num_admitted(self) -> int:
@@ -109,21 +112,22 @@ class Policy:
         """How many more may be admitted now."""
         return self.room(self.version or 0)
 
-    def room(self, oldest: int, *, coming: Sequence[int] = ()) -> int:
+    def room(self, oldest: int, *, coming: Counter[int] | None = None) -> int:
         """How many more groups may come in whose oldest tokens are of this version, and still all be trained in time.
 
         Args:
-            coming: the oldest versions of groups that come in before them.
+            coming: how many groups come in before them, by the oldest version of each.
         """
-        out = [*coming, *(entry.version for entry in self.running.values())]
-        out += [versions.oldest for versions in self.ready.values()]
-        rooms = [self.limit - self.num_admitted - len(coming)]
+        out = self._out + coming if coming else self._out
+        rooms = [self.limit - self.num_admitted - (coming.total() if coming else 0)]
         if self.oversample is not None:
-            rooms.append(math.ceil(self.oversample * self.groups_per_step) - len(out))
+            rooms.append(math.ceil(self.oversample * self.groups_per_step) - out.total())
+        horizon = self._horizon
         for steps_left in range(self.max_staleness + 2):
-            newest = self._horizon + steps_left - 1
+            newest = horizon + steps_left - 1
             if newest >= oldest:
-                rooms.append(steps_left * self.groups_per_step - sum(version <= newest for version in out))
+                late = sum(count for version, count in out.items() if version <= newest)
+                rooms.append(steps_left * self.groups_per_step - late)
         return max(0, min(rooms))
 
     @property
@@ -149,25 +153,38 @@ class Policy:
             first = heapq.heappop(self.waiting)
             assert (first.ordinal, first.attempt) == (ordinal, attempt)
         version = self.version or 0
-        self.running[ordinal] = Running(attempt=attempt, version=version if oldest is None else min(oldest, version))
+        self.run(ordinal, Running(attempt=attempt, version=version if oldest is None else min(oldest, version)))
+
+    def run(self, ordinal: int, running: Running) -> None:
+        """An instance is being rolled out."""
+        self.running[ordinal] = running
+        self._out[running.version] += 1
 
     def put(self, ordinal: int, *, versions: Versions) -> None:
         """A running instance's samples are ready to be trained."""
-        del self.running[ordinal]
-        self.ready[ordinal] = versions
+        self.drop(ordinal)
+        self.push(ordinal, versions=versions)
 
     def push(self, ordinal: int, *, versions: Versions) -> None:
         """A group that nobody was leased is ready to be trained."""
         self.ready[ordinal] = versions
+        self._out[versions.oldest] += 1
 
     def drop(self, ordinal: int) -> None:
         """A running instance yields nothing; its place is free."""
-        del self.running[ordinal]
+        self._left(self.running.pop(ordinal).version)
 
     def give_up(self, ordinal: int) -> None:
         """A running or ready instance will not be issued again; its place is free."""
-        self.running.pop(ordinal, None)
-        self.ready.pop(ordinal, None)
+        if ordinal in self.running:
+            self.drop(ordinal)
+        elif ordinal in self.ready:
+            self._left(self.ready.pop(ordinal).oldest)
+
+    def _left(self, version: int) -> None:
+        self._out[version] -= 1
+        if not self._out[version]:
+            del self._out[version]
 
     def requeue(self, ordinal: int, *, attempt: int, partial: bool) -> None:
         """A running or ready instance waits to be issued again, under `attempt`."""
@@ -232,13 +249,13 @@ class Policy:
     def pack(self, ordinals: Iterable[int], *, step: int) -> None:
         """Ready instances become the batch of a step."""
         for ordinal in ordinals:
-            del self.ready[ordinal]
+            self.give_up(ordinal)
             self.packed[ordinal] = step
 
     def release(self, ordinal: int, *, versions: Versions) -> None:
         """A packed instance's step will not happen: it is ready again."""
         del self.packed[ordinal]
-        self.ready[ordinal] = versions
+        self.push(ordinal, versions=versions)
 
     def publish(self, version: int) -> None:
         """Engines answer as `version` from now on.
