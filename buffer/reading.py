@@ -1,4 +1,4 @@
-"""The ledger as it stands at one moment, for commands that only look: of a run that is going on, was killed, or is over.
+"""The ledger as it stands at one moment, for commands that only look: of a run that goes on, was killed, or is over.
 
 Nothing is written, and nothing is left beside the file. SQLite's own read-only mode would leave two files beside an
 archived ledger, and cannot open one in a directory that may not be written; so a ledger that no process has open (it

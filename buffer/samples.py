@@ -31,7 +31,7 @@ def write_samples(run_dir: Path, groups: Sequence[Group], *, step: int) -> Path:
     with unfinished.open("wb") as file:
         for group in groups:
             for sample in group.samples:
-                file.write(_encode(sample_record(group, sample, step=step)) + b"\n")
+                file.write(encode_line(sample_record(group, sample, step=step)) + b"\n")
     os.replace(unfinished, path)
     return path
 
@@ -67,7 +67,7 @@ def iter_samples(run_dir: Path, *, step: int) -> Iterator[dict[str, Any]]:
     """Read back what `write_samples` wrote at a step.
 
     Raises:
-        DataError: nothing was written at that step; the message names the steps there are.
+        DataError: nothing was written at that step, and the message names the steps there are; or a line is damaged.
     """
     path = _path(run_dir, step)
     if not path.is_file():
@@ -77,8 +77,22 @@ def iter_samples(run_dir: Path, *, step: int) -> Iterator[dict[str, Any]]:
             f"{path}: no samples of step {step}. There are {there}. Name one of them, or another run directory."
         )
     with path.open("rb") as file:
-        for line in file:
-            yield json.loads(line)
+        for number, line in enumerate(file, start=1):
+            yield _parse(line, where=f"{path}, line {number}")
+
+
+def _parse(line: bytes, *, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        record, got = None, f"no JSON ({error})"
+    else:
+        got = "JSON that is no object"
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: got {got}, and no sample. Restore the file from a copy, or move it away: no run needs it."
+        )
+    return record
 
 
 def written_steps(run_dir: Path) -> list[int]:
@@ -97,7 +111,8 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
     return {"is": name, **asdict(verdict)}
 
 
-def _encode(record: dict[str, Any]) -> bytes:
+def encode_line(record: Any) -> bytes:
+    """A value as one line of JSON, without its line break, that no terminal obeys."""
     try:
         line = orjson.dumps(record, default=repr, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from slime.buffer_cli import buffer_group
+from slime.cli_options import run_options
 from slime.errors import SlimeError, StopRun
 
 PACKAGES = ("slime", "rollout", "trainer", "buffer", "rewards")
@@ -42,16 +43,6 @@ def _refuse_shadows() -> None:
             )
 
 
-def _run_options(command: Callable[..., None]) -> Callable[..., None]:
-    for decorate in (
-        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable."),
-        click.option("--profile", metavar="NAME|FILE", help="Where it runs: cpu, 1gpu, 8gpu or a TOML file."),
-        click.argument("file", type=click.Path(path_type=Path)),
-    ):
-        command = decorate(command)
-    return command
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="slime-rl", prog_name="slime")
 def main() -> None:
@@ -64,7 +55,7 @@ def main() -> None:
 
 
 @main.command()
-@_run_options
+@run_options
 def train(file: Path, profile: str | None, assignments: tuple[str, ...]) -> None:
     """Train with reinforcement learning, as FILE (a run file) says."""
     from slime.config import RunConfig
@@ -77,7 +68,7 @@ def train(file: Path, profile: str | None, assignments: tuple[str, ...]) -> None
 
 
 @main.command()
-@_run_options
+@run_options
 def sft(file: Path, profile: str | None, assignments: tuple[str, ...]) -> None:
     """Fine-tune on given answers, as FILE says, and write a Hugging Face directory."""
     from slime.config import SftRunConfig
@@ -119,6 +110,9 @@ def audit(run_dir: Path) -> None:
     result = audit_run(run_dir)
     click.echo(str(result))
     sys.exit(0 if result.holds else 1)
+
+
+main.add_command(buffer_group)
 
 
 @main.command()

@@ -212,16 +212,21 @@ def _sample_text(sample: Mapping[str, Any]) -> Text:
     """A line about the sample, then what was asked and what the policy answered."""
     reward = "no reward" if sample["reward"] is None else f"reward {sample['reward']:g}"
     about = f"step {sample['step']}  {sample['rollout_id']}  {reward}  {sample['status']}"
-    prompt = sample["prompt"]
-    asked = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
     return Text.assemble(
         (printable(about), "bold"),
         "\n",
-        (_printable_lines(asked), "bright_black"),
+        (_printable_lines(prompt_text(sample["prompt"])), "bright_black"),
         "\n",
         _printable_lines(sample["response"]),
         "\n",
     )
+
+
+def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as it is written with its samples, to be read: text as it stands, or a paragraph a turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
 
 
 def _printable_lines(text: str) -> str:
