@@ -1,15 +1,18 @@
-"""`slime buffer stats`: where a run's instances stand, in numbers, from its ledger alone."""
+"""`slime buffer stats`: where a run's instances stand and how hard its prompts are, in numbers."""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from buffer import schema
+from buffer.difficulty import Difficulty, Pools
 from buffer.reading import read_ledger
 from buffer.schema import State
+from slime.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +120,34 @@ def read_stats(run_dir: Path) -> Stats:
             payload_bytes=payload_bytes,
             ledger_bytes=sum(file.stat().st_size for file in _files(run_dir)),
         )
+
+
+def read_pools(run_dir: Path, *, k: int) -> Pools | None:
+    """A run's prompts by pass@k; None while it has no pass statistics.
+
+    Raises:
+        LedgerError: as `buffer.difficulty.Difficulty`.
+        DataError: ``config.json``, which says where they are, is damaged.
+    """
+    path = _difficulty_path(run_dir)
+    if not path.is_file():
+        return None
+    with Difficulty(path, read_only=True) as difficulty:
+        return difficulty.pools(k=k)
+
+
+def _difficulty_path(run_dir: Path) -> Path:
+    own, config = run_dir / "difficulty.sqlite", run_dir / "config.json"
+    if not config.is_file():
+        return own
+    try:
+        named = json.loads(config.read_text(encoding="utf-8"))["buffer"].get("difficulty")
+        return Path(named) if named else own
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{config}: got no configuration of a run ({error!r}). Restore it from a copy, or move it away: the next "
+            "start of the run writes it again."
+        ) from None
 
 
 def _files(run_dir: Path) -> list[Path]:

@@ -27,17 +27,18 @@ def buffer_group() -> None:
 
 @buffer_group.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--pass-k", "k", default=1, show_default=True, type=click.IntRange(1), help="Pool prompts by pass@K.")
 @click.option("--json", "as_json", is_flag=True, help="One object, for programs.")
-def stats(run_dir: Path, as_json: bool) -> None:
-    """Count the instances of RUN_DIR by state, drop reason, staleness and more."""
-    from buffer.stats import read_stats
+def stats(run_dir: Path, k: int, as_json: bool) -> None:
+    """Count the instances of RUN_DIR by state, drop reason and staleness, and its prompts by difficulty."""
+    from buffer.stats import read_pools, read_stats
     from slime.buffer_view import print_stats, stats_json
 
-    read = read_stats(run_dir)
+    read, pools = read_stats(run_dir), read_pools(run_dir, k=k)
     if as_json:
-        click.echo(stats_json(read))
+        click.echo(stats_json(read, pools))
     else:
-        print_stats(read, title=str(run_dir))
+        print_stats(read, pools, title=str(run_dir))
 
 
 @buffer_group.command()

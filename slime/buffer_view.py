@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from buffer.difficulty import Pools
 from buffer.ledger import Event
 from buffer.lives import Graded, Life
 from buffer.stats import Stats
@@ -23,18 +24,19 @@ MAX_REASONS = 8
 """Reasons that are listed by name."""
 
 
-def stats_json(stats: Stats) -> str:
+def stats_json(stats: Stats, pools: Pools | None) -> str:
     """One line of ASCII, which no terminal obeys."""
-    return json.dumps(asdict(stats)).replace("\x7f", "\\u007f")
+    told = {**asdict(stats), "pools": asdict(pools) if pools else None}
+    return json.dumps(told).replace("\x7f", "\\u007f")
 
 
-def print_stats(stats: Stats, *, title: str, console: Console | None = None) -> None:
+def print_stats(stats: Stats, pools: Pools | None, *, title: str, console: Console | None = None) -> None:
     """A table: a number and what it is made of in each row."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bright_black", no_wrap=True)
     table.add_column(justify="right", style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, count, words in _stats_rows(stats):
+    for name, count, words in [*_stats_rows(stats), *([_pools_row(pools)] if pools else [])]:
         if count or name not in HIDDEN_WHEN_ZERO:
             table.add_row(name, f"{count:,}", Text(words))
     console = console or Console()
@@ -67,6 +69,12 @@ def _stats_rows(stats: Stats) -> list[tuple[str, int, str]]:
         ("commits", stats.num_commits, last),
         ("bytes", stats.ledger_bytes, megabytes),
     ]
+
+
+def _pools_row(pools: Pools) -> tuple[str, int, str]:
+    bands = [f"up to {end:g}: {count:,}" if end else f"0: {count:,}" for end, count in pools.bands.items()]
+    words = f"judged, by pass@{pools.k} {', '.join(bands)}; with fewer samples {pools.num_unknown:,}"
+    return "prompts", sum(pools.bands.values()) + pools.num_unknown, words
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
 from buffer.samples import encode_line
 from buffer.schema import State
@@ -78,6 +79,15 @@ def test_the_stats_are_a_table_for_people(run_dir: Path) -> None:
         assert line in lines
     assert any(line.startswith("running 2 1 of them are graded now; longest: instance") for line in lines)
     assert not any(line.startswith("reverted") for line in lines)
+
+
+def test_the_stats_pool_the_prompts(run_dir: Path) -> None:
+    with Difficulty(run_dir / "difficulty.sqlite") as difficulty:
+        difficulty.absorb(run_dir)
+    output = " ".join(slime("buffer", "stats", run_dir).output.split())
+    assert "prompts 6 judged, by pass@1 0: 1, up to 0.25: 0, up to 0.5: 5, up to 0.75: 0" in output
+    pools = json.loads(slime("buffer", "stats", run_dir, "--pass-k", "3", "--json").output)["pools"]
+    assert (pools["k"], pools["num_unknown"]) == (3, 6)
 
 
 def test_the_stats_are_an_object_for_programs(run_dir: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
-from buffer.stats import read_stats
+from buffer.stats import read_pools, read_stats
+from slime.errors import DataError
 from tests.buffer.example_run import HOSTILE, make_run
 
 
@@ -74,3 +77,25 @@ def test_a_run_that_goes_on_is_counted_as_it_stands(tmp_path: Path) -> None:
         assert read_stats(tmp_path).num_issued == 1
         ledger.issue("u", epoch=1, position=1)
         assert read_stats(tmp_path).num_issued == 2
+
+
+def test_prompts_are_pooled_from_the_file_that_the_run_names(run_dir: Path, tmp_path: Path) -> None:
+    """Pins pools of another file than the one the run writes: its own by default, else the one in its configuration."""
+    assert read_pools(run_dir, k=1) is None
+    (run_dir / "config.json").write_text(json.dumps({"buffer": {"difficulty": None}}))
+    for place in ("difficulty.sqlite", "shared.sqlite"):
+        with Difficulty(tmp_path / place) as difficulty:
+            difficulty.absorb(run_dir)
+    pools = read_pools(run_dir, k=2)
+    assert pools is not None
+    assert {end: count for end, count in pools.bands.items() if count} == {0.0: 1, 1.0: 5}
+    (run_dir / "config.json").write_text(json.dumps({"buffer": {"difficulty": str(tmp_path / "shared.sqlite")}}))
+    (tmp_path / "difficulty.sqlite").unlink()
+    assert read_pools(run_dir, k=2) == pools
+
+
+@pytest.mark.parametrize("text", ["{torn", "[]", "{}", '{"buffer": 3}'])
+def test_a_damaged_configuration_is_named(run_dir: Path, text: str) -> None:
+    (run_dir / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"config.json: got no configuration of a run"):
+        read_pools(run_dir, k=1)
