@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from buffer.ledger import Instance
 from buffer.payload import PromptPart
-from slime.types import Status
+from slime.types import Lease, Prompt
 
 MAX_WAIT_S = 60.0
 """A long poll is answered with 204 after this at the latest, and the client asks again."""
@@ -25,7 +26,6 @@ Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 Text = Annotated[str, Field(max_length=2**22)]
 Tag = Annotated[str, Field(max_length=256)]
-Message = Annotated[dict[str, Any], Field(max_length=64, json_schema_extra={"examples": [{"role": "user"}]})]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -64,10 +64,36 @@ class LeaseBody(Body):
     """Goes with every word about the instance; a result of an older attempt is acknowledged and discarded."""
     epoch: Count
     prompt: PromptPart
+    """What to ask, and what is right."""
     has_partial: bool
     """Whether an earlier attempt left samples to begin with: GET them from `partial`."""
     lease_s: float | None
     """The instance is given to somebody else unless it is handed in or renewed within these seconds; null for ever."""
+
+
+def lease_body(lease: Lease, *, lease_s: float | None) -> LeaseBody:
+    """What a client is told of a lease."""
+    prompt = lease.prompt
+    return LeaseBody.model_construct(
+        ordinal=lease.ordinal,
+        attempt=lease.attempt,
+        epoch=lease.epoch,
+        prompt=PromptPart.model_construct(
+            uid=prompt.uid,
+            messages=prompt.messages,
+            text=prompt.text,
+            label=prompt.label,
+            tags=prompt.tags,
+            metadata=prompt.metadata,
+        ),
+        has_partial=lease.partial is not None,
+        lease_s=lease_s,
+    )
+
+
+def leased_prompt(body: LeaseBody) -> Prompt:
+    """The prompt of a lease that a service told of."""
+    return Prompt(**{name: getattr(body.prompt, name) for name in PromptPart.model_fields})
 
 
 class AttemptBody(Body):
@@ -128,10 +154,23 @@ class AnswersBody(Body):
     """In the order of the groups."""
 
 
+class MessageBody(BaseModel):
+    """One chat message; what else it has is passed to the chat template."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: Text | Annotated[list[dict[str, Any]], Field(max_length=256)] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As templates want it."""
+        return self.model_dump()
+
+
 class PushedPrompt(Body):
     """A prompt of the pusher's own: either `messages` or `text`."""
 
-    messages: Annotated[list[Message], Field(max_length=4096)] = []
+    messages: Annotated[list[MessageBody], Field(max_length=4096)] = []
     text: Text = ""
     label: Any = None
     tags: Annotated[list[Tag], Field(max_length=64)] = []
@@ -141,7 +180,7 @@ class PushedPrompt(Body):
 class PushedSample(Body):
     """One rollout, scored: either `messages`, or `tokens` with their `loss_mask`."""
 
-    messages: Annotated[list[Message], Field(max_length=4096)] = []
+    messages: Annotated[list[MessageBody], Field(max_length=4096)] = []
     """What follows the prompt; the assistant's messages are trained. Needs a prompt of messages."""
     tokens: Annotated[list[Token], Field(max_length=2**22)] = []
     """Prompt and response."""
@@ -153,7 +192,8 @@ class PushedSample(Body):
     """Of the weights that sampled it; the oldest, if there were several."""
     reward: float
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    status: Literal[Status.COMPLETED, Status.TRUNCATED] = Status.COMPLETED
+    truncated: bool = False
+    """The token limit ended it."""
     response: Text = ""
     """The sampled text, for people."""
     metadata: dict[str, Any] = {}
@@ -251,3 +291,8 @@ class InstanceBody(Body):
 
 class InstancesBody(Body):
     instances: list[InstanceBody]
+
+
+def instance_body(instance: Instance) -> InstanceBody:
+    """What a client is told of an instance."""
+    return InstanceBody(**{name: getattr(instance, name) for name in InstanceBody.model_fields})
