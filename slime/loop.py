@@ -119,13 +119,14 @@ async def train(run: Run, *, first_step: int, stop: asyncio.Event) -> None:
     clock = Clock(run.on_phase)
     with clock("publish"):
         published = await _publish(run)
+    full_at = time.perf_counter()
     for step in range(first_step, run.num_steps + 1):
-        generating_since = time.perf_counter()
         with clock("eval"):
             await unless(stop, run.evaluate(step - 1))
         with clock("generate"):
             groups = await unless(stop, run.buffer.take(run.groups_per_step, step=step))
-        speed = {"rollout/tokens_per_s": _num_tokens(groups) / (time.perf_counter() - generating_since)}
+        since, full_at = full_at, time.perf_counter()
+        speed = {"rollout/tokens_per_s": _num_tokens(groups) / (full_at - since)}
         batch = run.build_batch(groups, version=run.trainer.version)
         async with run.placement.training():
             with clock("train"):

@@ -100,6 +100,8 @@ def summary(run_dir: Path) -> str:
         few = min(10, len(rewards))
         first, last = fmean(rewards[:few]), fmean(rewards[-few:])
         lines.append(f"  {'reward':<24} {first:.3f} -> {last:.3f}   means of the first and last {few} steps")
+    if ratios := [value for _, value in _points(rows, "survivorship/length_ratio") if abs(value - 1) > 0.01]:
+        lines.append(f"  {'trained ÷ dispatched':<24} {fmean(ratios):.3f}   response length, {len(ratios)} steps' mean")
     if shares := percentages(time_shares(rows)):
         lines.append(f"  {'time':<24} {shares}")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.lock import RunLock
@@ -36,6 +37,7 @@ from slime.preflight import Checked, check_run, save_config
 from slime.publisher import SharedMemoryPublisher, staging_directory
 from slime.remote import RemoteEngine, RemoteTrainer
 from slime.reporting import Reporting
+from slime.survivorship import Survivorship
 from slime.view import RunView
 from trainer.batch import build_batch
 
@@ -60,9 +62,21 @@ def run_training(config: RunConfig, *, base_dir: Path) -> None:
         if _is_complete(config, checked, ledger):
             click.echo(f"{config.run_dir} is complete: {config.num_steps} steps are trained. Raise num_steps to go on.")
             return
+        difficulty = stack.enter_context(Difficulty(config.buffer.difficulty or config.run_dir / "difficulty.sqlite"))
+        difficulty.absorb(config.run_dir)
         view = stack.enter_context(RunView(str(config.run_dir), num_steps=config.num_steps))
         log = stack.enter_context(MetricsLog(config.run_dir))
-        asyncio.run(_train(config, checked, base_dir=base_dir, ledger=ledger, view=view, log=log))
+        books = Books(ledger=ledger, difficulty=difficulty, log=log)
+        asyncio.run(_train(config, checked, base_dir=base_dir, books=books, view=view))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Books:
+    """The files that a run records itself in."""
+
+    ledger: Ledger
+    difficulty: Difficulty
+    log: MetricsLog
 
 
 def _is_complete(config: RunConfig, checked: Checked, ledger: Ledger) -> bool:
@@ -72,9 +86,7 @@ def _is_complete(config: RunConfig, checked: Checked, ledger: Ledger) -> bool:
     return commit.step > config.num_steps or not checked.split.eval or commit.step in evaluated_steps(config.run_dir)
 
 
-async def _train(
-    config: RunConfig, checked: Checked, *, base_dir: Path, ledger: Ledger, view: RunView, log: MetricsLog
-) -> None:
+async def _train(config: RunConfig, checked: Checked, *, base_dir: Path, books: Books, view: RunView) -> None:
     run_dir = config.run_dir.resolve()  # ranks have another working directory
     with _stop_on_signals(view) as stop:
         async with AsyncExitStack() as stack:
@@ -102,10 +114,10 @@ async def _train(
             )
             stack.callback(publisher.close)
             checkpoints = Checkpoints(run_dir / "checkpoints", trainer=trainer, keep=config.checkpoint.keep)
-            step = await checkpoints.restore(ledger)
-            log.truncate(step)
+            step = await checkpoints.restore(books.ledger)
+            books.log.truncate(step)
             buffer = LocalBuffer(
-                ledger,
+                books.ledger,
                 checked.order,
                 Policy(
                     groups_per_step=config.rollout.prompts_per_step,
@@ -117,7 +129,16 @@ async def _train(
                 pass_reward=config.eval.pass_reward,
                 stall_timeout_s=config.profile.engine.request_timeout_s + 60 * config.reward.timeout_s,
             )
-            reporting = Reporting(config, checked, rollout=rollout, pool=pool, log=log, view=view)
+            reporting = Reporting(
+                config,
+                checked,
+                rollout=rollout,
+                pool=pool,
+                survivorship=Survivorship(config.run_dir, step=step),
+                difficulty=books.difficulty,
+                log=books.log,
+                view=view,
+            )
             samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
             placement = PLACEMENTS[config.profile.placement.mode](engines=processes.engines, trainer=trainer)
             run = Run(
