@@ -18,6 +18,7 @@ from slime.publisher import staging_directory
 from tests.builders import make_model
 
 SLIME = [str(Path(sys.executable).with_name("slime"))]
+CRASHING = [sys.executable, "-m", "tests.integration.crashing"]
 START_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 30.0
 
@@ -71,16 +72,24 @@ def make_task(directory: Path) -> Path:
 
 
 class Training:
-    """One `slime train` process in a session of its own."""
+    """One `slime train` process in a session of its own; `crash` tells `tests.integration.crashing` where it dies."""
 
-    def __init__(self, run_file: Path, run_dir: Path, *assignments: str, profile: Path | None = None) -> None:
+    def __init__(
+        self, run_file: Path, run_dir: Path, *assignments: str, profile: Path | None = None, crash: str = ""
+    ) -> None:
         self.run_dir = run_dir
         options = [f"run_dir={run_dir}", *assignments]
         self.output = run_dir.with_name(f"{run_dir.name}.{time.monotonic_ns()}.out")
         self.scratch = Path(tempfile.mkdtemp(prefix="slime-test-"))
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*SLIME, "train", str(run_file), "--profile", str(profile or run_file.with_name("profile.toml"))]
+                [
+                    *(CRASHING + crash.split() if crash else SLIME),
+                    "train",
+                    str(run_file),
+                    "--profile",
+                    str(profile or run_file.with_name("profile.toml")),
+                ]
                 + [word for option in options for word in ("--set", option)],
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,14 +50,20 @@ def test_engine_and_trainer_agree_on_the_probability_of_every_token(finished: Tr
             assert row["mismatch/logprob_abs_mean"] < 0.03
 
 
-def test_a_run_killed_in_the_middle_continues_to_the_same_samples_bit_for_bit(task: Path, finished: Training) -> None:
-    """`kill -9` of the driver: nothing is lost, nothing is trained twice, and the run ends where it would have."""
+def test_a_run_killed_three_times_ends_with_the_same_samples_and_weights_bit_for_bit(
+    task: Path, finished: Training
+) -> None:
+    """`kill -9` of the driver: nothing is lost, nothing is trained twice, and the run ends where it would have.
+
+    The first dies over a rollout, the second with its checkpoint written and not committed, the third with its commit
+    written and not published.
+    """
     run_dir = task.parent / "killed"
-    with Training(task, run_dir) as run:
-        run.wait_for_step(3)
-        run.process.kill()
-        run.process.wait()
-        run.wait_for_engines_to_end()
+    for crash in ("12 before", "commit before", "commit after"):
+        with Training(task, run_dir, crash=crash) as run:
+            assert run.wait() == -signal.SIGKILL, run.text()
+            run.wait_for_engines_to_end()
+        assert audit(run_dir).holds
     with Training(task, run_dir) as run:
         assert run.wait() == 0, run.text()
     result = audit(run_dir)
@@ -65,6 +72,8 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_samples_bit_for_bit(ta
     for step in range(1, NUM_STEPS + 1):
         ours, theirs = samples(run_dir, step), samples(finished.run_dir, step)
         assert [(s["tokens"], s["logprobs"]) for s in ours] == [(s["tokens"], s["logprobs"]) for s in theirs]
+    for weights in (finished.run_dir / "model").glob("*.safetensors"):
+        assert (run_dir / "model" / weights.name).read_bytes() == weights.read_bytes()
 
 
 def test_ctrl_c_commits_what_is_trained_and_the_same_command_goes_on(task: Path) -> None:
