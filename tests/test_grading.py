@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from slime.errors import PromptError, RewardError
+from slime.errors import HookError, PromptError, RewardError
 from slime.evaluation import Evaluator
-from slime.grading import Grader, informative, no_verdicts
-from slime.types import Abstain, Failed, Prompt, Sample, Score, Verdict
+from slime.grading import FILTERS, Grader, first_objection, informative, no_verdicts, not_aborted, not_truncated
+from slime.types import Abstain, Failed, Group, Prompt, Sample, Score, Status, Verdict
 from tests.builders import make_group, make_prompt, make_sample
 
 FAILED = Failed(kind="timeout", detail="./reward.py:score took longer than 10 s")
@@ -58,6 +58,44 @@ def test_equal_rewards_are_what_the_informative_filter_drops() -> None:
     """They give every sample advantage 0."""
     assert informative(make_group([1.0, 1.0])) == "equal_rewards"
     assert informative(make_group([1.0, 0.0])) == ""
+
+
+def ended(*statuses: Status) -> Group:
+    group = make_group([0.0] * len(statuses))
+    for sample, status in zip(group.samples, statuses, strict=True):
+        sample.status = status
+    return group
+
+
+def test_a_group_is_truncated_when_more_than_half_of_it_was_cut() -> None:
+    """Pins: half a group of long and right answers that goes because the other half was too long."""
+    cut, whole = Status.TRUNCATED, Status.COMPLETED
+    assert [not_truncated(ended(*statuses)) for statuses in ((cut, whole), (cut, cut, whole), (whole, whole))] == [
+        "", "truncated", "",
+    ]  # fmt: skip
+
+
+def test_one_sample_that_was_stopped_from_outside_makes_a_group_aborted() -> None:
+    assert not_aborted(ended(Status.COMPLETED, Status.ABORTED)) == "aborted"
+    assert not_aborted(ended(Status.COMPLETED, Status.TRUNCATED)) == ""
+
+
+def test_of_several_filters_the_first_to_object_gives_the_reason() -> None:
+    """Pins what the ledger counts: one reason a group, in the order of the run file, and verdicts before all."""
+    cut = ended(Status.TRUNCATED, Status.TRUNCATED)
+    names = ("all", "informative", "not_truncated")
+    assert first_objection({name: FILTERS[name] for name in names})(cut) == "equal_rewards"
+    assert first_objection({name: FILTERS[name] for name in reversed(names)})(cut) == "truncated"
+    assert first_objection(FILTERS)(ended(Status.COMPLETED)) == "too_few_verdicts"
+    assert first_objection({"all": FILTERS["all"]})(cut) == ""
+
+
+def test_a_filter_that_fails_or_returns_no_string_is_named() -> None:
+    """Pins ``return True`` for "keep", which would drop every group for the reason True."""
+    with pytest.raises(HookError, match=r"\./f\.py:a returned True: expected a string"):
+        first_objection({"./f.py:a": lambda group: True})(make_group([0.0, 1.0]))  # type: ignore[dict-item, return-value]
+    with pytest.raises(HookError, match=r"\./f\.py:b raised ZeroDivisionError"):
+        first_objection({"./f.py:b": lambda group: 1 / 0})(make_group([0.0, 1.0]))  # type: ignore[dict-item, return-value]
 
 
 class _Rollout:

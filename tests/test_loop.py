@@ -14,10 +14,10 @@ from buffer.local import LocalBuffer
 from buffer.order import PromptOrder
 from buffer.policy import Policy
 from slime.errors import PromptError, RewardError, StopRun
-from slime.grading import keep_all
+from slime.grading import keep_all, not_aborted
 from slime.loop import Run, run_loop
 from slime.testing import FakePlacement, FakePublisher, FakeRollout, FakeTrainer
-from slime.types import Group, Lease, Metrics, Score, TrainBatch
+from slime.types import Group, Lease, Metrics, Score, Status, TrainBatch
 from tests.builders import make_prompt
 
 GROUPS_PER_STEP = 4
@@ -26,7 +26,7 @@ GROUPS_PER_STEP = 4
 class Recorder:
     """Builds a run and remembers what happened in it, in order."""
 
-    def __init__(self, ledger: Ledger, *, num_steps: int = 3) -> None:
+    def __init__(self, ledger: Ledger, *, num_steps: int = 3, **bounds: Any) -> None:
         self.ledger = ledger
         self.events: list[str] = []
         self.trained: list[list[Group]] = []
@@ -34,9 +34,8 @@ class Recorder:
         self.publisher = FakePublisher()
         self.placement = FakePlacement()
         prompts = [make_prompt(f"{i:016x}") for i in range(100)]
-        self.buffer = LocalBuffer(
-            ledger, PromptOrder(prompts, seed=0), Policy(groups_per_step=GROUPS_PER_STEP, num_steps=num_steps)
-        )
+        policy = Policy(groups_per_step=GROUPS_PER_STEP, num_steps=num_steps, **bounds)
+        self.buffer = LocalBuffer(ledger, PromptOrder(prompts, seed=0), policy, max_requeues=2)
         self.run = dict(
             num_steps=num_steps,
             groups_per_step=GROUPS_PER_STEP,
@@ -79,9 +78,14 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(tmp_path) as ledger:
-        yield Recorder(ledger)
+        yield ledger
+
+
+@pytest.fixture
+def recorder(ledger: Ledger) -> Recorder:
+    return Recorder(ledger)
 
 
 async def test_a_step_is_trained_reported_committed_published_and_evaluated_in_this_order(recorder: Recorder) -> None:
@@ -178,3 +182,134 @@ async def test_asked_to_stop_it_commits_what_is_trained_and_leaves(recorder: Rec
     assert last is not None
     assert last.step == 1
     assert recorder.ledger.audit().holds
+
+
+class _Paced(FakeRollout):
+    """Takes turns that the lease decides, and counts how many are out."""
+
+    def __init__(self, *, turns: Callable[[Lease], int], version: Callable[[], int]) -> None:
+        super().__init__(num_samples=2, version=version)
+        self._turns = turns
+        self.num_out = self.most_out = 0
+
+    async def generate(self, lease: Lease) -> Group:
+        self.num_out += 1
+        self.most_out = max(self.most_out, self.num_out)
+        group = await super().generate(lease)
+        for _ in range(self._turns(lease)):
+            await asyncio.sleep(0)
+        self.num_out -= 1
+        return group
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most"),
+    [({"max_staleness": 0}, 4), ({"max_staleness": 1}, 8), ({"max_staleness": 1, "oversample": 1.5}, 6)],
+)
+async def test_as_many_groups_are_out_as_the_policy_says(ledger: Ledger, bounds: dict[str, Any], most: int) -> None:
+    """Pins a number of workers that leaves engines idle below the bound, or is a second bound nobody configured."""
+    recorder = Recorder(ledger, num_steps=6, **bounds)
+    rollout = _Paced(turns=lambda lease: 30, version=lambda: recorder.publisher.versions[-1])
+    await recorder.start(rollout=rollout)
+    assert rollout.most_out == most
+    staleness = [
+        step - group.samples[0].oldest_version for step, groups in enumerate(recorder.trained) for group in groups
+    ]
+    assert max(staleness) == bounds["max_staleness"]
+    assert [len(groups) for groups in recorder.trained] == [GROUPS_PER_STEP] * 6
+    assert recorder.ledger.audit().holds
+
+
+async def test_generation_goes_on_while_a_step_is_trained(ledger: Ledger) -> None:
+    """Pins staleness that is paid for and buys no overlap."""
+    recorder = Recorder(ledger, max_staleness=1)
+    rollout = _Paced(
+        turns=lambda lease: 5 if lease.ordinal < GROUPS_PER_STEP else 40,
+        version=lambda: recorder.publisher.versions[-1],
+    )
+    out_while_training: list[int] = []
+
+    class Slow(FakeTrainer):
+        async def train_step(self, batch: TrainBatch) -> Metrics:
+            await asyncio.sleep(0)
+            out_while_training.append(rollout.num_out)
+            return await super().train_step(batch)
+
+    recorder.trainer = recorder.run["trainer"] = Slow()  # type: ignore[assignment]
+    await recorder.start(rollout=rollout)
+    assert out_while_training == [GROUPS_PER_STEP, GROUPS_PER_STEP, 0], "and nothing is begun that no step would train"
+
+
+async def test_groups_that_finish_too_late_for_a_step_wait_for_the_next(ledger: Ledger) -> None:
+    """Pins over-sampling that throws the slow ones away: with them go the long answers."""
+    recorder = Recorder(ledger, num_steps=4, max_staleness=1)
+    slow = {1, 2}
+    rollout = _Paced(
+        turns=lambda lease: 400 if lease.ordinal in slow else 5, version=lambda: recorder.publisher.versions[-1]
+    )
+    await recorder.start(rollout=rollout)
+    first, *later = [[group.ordinal for group in groups] for groups in recorder.trained]
+    assert not slow & set(first), "the step was made of those that were quicker"
+    assert slow <= {ordinal for step in later for ordinal in step}
+    audit = ledger.audit()
+    assert audit.holds
+    assert (audit.num_committed, audit.dropped, audit.num_requeued) == (16, {}, 0)
+
+
+async def test_dropped_groups_are_replaced_under_overlap_too(ledger: Ledger) -> None:
+    """Pins a run that starves, or over-fills, when its filter drops most of what is generated."""
+    recorder = Recorder(ledger, num_steps=4, max_staleness=1, oversample=1.25)
+    await recorder.start(keep=lambda group: "odd" if group.ordinal % 3 else "")
+    assert [len(groups) for groups in recorder.trained] == [GROUPS_PER_STEP] * 4
+    assert all(group.ordinal % 3 == 0 for groups in recorder.trained for group in groups)
+    audit = ledger.audit()
+    assert audit.holds
+    assert audit.num_committed == 16
+    assert audit.num_issued == 16 + audit.dropped["odd"] + sum(audit.in_flight.values())
+
+
+class _Stopped(FakeRollout):
+    """The second sample of instance 1 is stopped from outside `times` times."""
+
+    def __init__(self, *, times: int) -> None:
+        super().__init__(num_samples=2, version=lambda: 0)
+        self._times = times
+        self.partials: list[Group | None] = []
+
+    async def generate(self, lease: Lease) -> Group:
+        group = await super().generate(lease)
+        if lease.ordinal == 1:
+            self.partials.append(lease.partial)
+            if lease.attempt < self._times:
+                group.samples[1].status = Status.ABORTED
+        return group
+
+
+async def test_a_group_that_was_stopped_is_continued_and_not_graded(ledger: Ledger) -> None:
+    """Pins half an answer that is judged as a whole one, and finished samples that are thrown away with it."""
+    recorder = Recorder(ledger, num_steps=1)
+    rollout = _Stopped(times=2)
+    await recorder.start(rollout=rollout)
+    assert [group.ordinal for group in recorder.trained[0]] == [0, 1, 2, 3]
+    nothing, *partials = rollout.partials
+    assert nothing is None
+    assert [[sample.status for sample in partial.samples] for partial in partials if partial] == [
+        [Status.COMPLETED, Status.ABORTED]
+    ] * 2
+    assert [event.detail for event in ledger.events_of(1) if event.event == "requeued"] == ["aborted"] * 2
+
+
+async def test_a_group_that_is_always_stopped_is_given_up(ledger: Ledger) -> None:
+    """Pins one prompt that turns for ever."""
+    recorder = Recorder(ledger, num_steps=1)
+    await recorder.start(rollout=_Stopped(times=99))
+    assert ledger.drop_reasons() == {"given up after 3 attempts: aborted": 1}
+    assert [group.ordinal for group in recorder.trained[0]] == [0, 2, 3, 4]
+
+
+async def test_where_a_filter_drops_stopped_groups_they_are_not_continued(ledger: Ledger) -> None:
+    """Pins the filter's own reason on record, and tokens that are spent on what is dropped."""
+    recorder = Recorder(ledger, num_steps=1)
+    await recorder.start(rollout=_Stopped(times=99), keep=not_aborted, continue_aborted=False)
+    assert ledger.drop_reasons() == {"aborted": 1}
+    assert ledger.audit().num_requeued == 0
