@@ -94,7 +94,7 @@ def _append_messages(sample: Sample, body: PushedSample, prompt: Prompt, *, wher
         )
     messages = [message.as_dict() for message in body.messages]
     for tokens, sampled in render(prompt.messages, messages):
-        if sampled:
+        if sampled and tokens:
             sample.append(tokens, logprobs=[float("nan")] * len(tokens), version=body.version)
         else:
             sample.append(tokens)

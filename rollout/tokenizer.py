@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slime.errors import ModelError
-from slime.types import Prompt
+from slime.types import Message, Prompt
 
 
 class Tokenizer:
@@ -63,13 +63,22 @@ class Tokenizer:
         """
         if not prompt.messages:
             return self.encode(prompt.text, add_special_tokens=True)
+        return self.encode_messages(prompt.messages, open_answer=True)
+
+    def encode_messages(self, messages: Sequence[Message], *, open_answer: bool) -> list[int]:
+        """Token ids of a conversation; with `open_answer` also those that open the policy's next answer.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+        """
         if self._tokenizer.chat_template is None:
             raise ModelError(
-                f"{self._path} has no chat template and prompt {prompt.uid} has messages. Use an instruction-tuned "
-                'model, or give prompts as "text"'
+                f"{self._path} has no chat template, and got a prompt of messages. Use an instruction-tuned model, or "
+                'give prompts as "text"'
             )
-        messages = [dict(message) for message in prompt.messages]
-        ids: list[int] = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=open_answer, return_dict=False
+        )
         return ids
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:

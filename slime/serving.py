@@ -1,0 +1,127 @@
+"""`slime buffer serve`: the buffer of a run as a process of its own, for rollouts and trainers from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import click
+
+from buffer.ledger import Ledger
+from buffer.local import LocalBuffer
+from buffer.lock import RunLock
+from buffer.order import PromptOrder
+from buffer.policy import Policy
+from buffer.serve import read_or_make_token, serve_until_stopped
+from buffer.service import ServedRun, create_app
+from buffer.split import load_split
+from rollout.tokenizer import Tokenizer
+from slime.config import RunConfig
+from slime.errors import DataError, boundary
+from slime.preflight import check_model, save_config
+from slime.types import Message
+
+TOKEN_FILE = "buffer.token"
+"""In the run directory, unless told otherwise."""
+
+
+def serve_run(
+    config: RunConfig, *, base_dir: Path, host: str = "127.0.0.1", port: int = 0, token_file: Path | None = None
+) -> None:
+    """Serve the buffer of a run until SIGINT or SIGTERM. Started again, it goes on: leases, consumer and token stay.
+
+    Args:
+        base_dir: the run file's folder.
+        port: 0 takes a free one.
+        token_file: where clients read the token; made when there is none.
+
+    Raises:
+        SlimeError: the run is held by another process, or something about it, the address or the token is wrong.
+    """
+    check_model(config.model.path, base_dir=base_dir)
+    order = _order(config)
+    token_file = token_file or config.run_dir / TOKEN_FILE
+    name = config.run_dir.resolve().name
+    with RunLock(config.run_dir), Ledger(config.run_dir) as ledger:
+        save_config(config)
+        token = read_or_make_token(token_file)
+
+        async def serve() -> None:
+            app = create_app({name: _served(config, ledger, order)}, token=token)
+            await serve_until_stopped(app, host=host, port=port, ready=ready)
+
+        def ready(url: str) -> None:
+            click.echo(f"serving {config.run_dir} at {url}/runs/{name}\nits token is in {token_file}")
+
+        asyncio.run(serve())
+
+
+def _order(config: RunConfig) -> PromptOrder:
+    split = load_split(config.data, num_eval=0)
+    weights = [source.weight for source in config.data.train]
+    return PromptOrder(*split.train, seed=config.seed, shuffle=config.data.shuffle, weights=weights)
+
+
+def _served(config: RunConfig, ledger: Ledger, order: PromptOrder) -> ServedRun:
+    policy = Policy(
+        groups_per_step=config.rollout.prompts_per_step,
+        num_steps=config.num_steps,
+        max_staleness=config.buffer.max_staleness,
+        oversample=config.buffer.oversample,
+        wait_for_stragglers=config.buffer.stragglers == "wait",
+    )
+    buffer = LocalBuffer(ledger, order, policy, pass_reward=config.eval.pass_reward, recover=False)
+    return ServedRun(buffer=buffer, ledger=ledger, render=Renderer(str(config.model.path)))
+
+
+class Renderer:
+    """Conversations as tokens, by the chat template of a model; loaded with the first one. See `buffer.pushed`."""
+
+    def __init__(self, model_path: str) -> None:
+        self._model_path = model_path
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self._model_path)
+
+    def __call__(self, prompt: Sequence[Message], answers: Sequence[Message]) -> Iterator[tuple[Sequence[int], bool]]:
+        """The conversation's tokens as segments; sampled are those of the assistant's answers, up to their end token.
+
+        Raises:
+            DataError: the template cannot render the messages, or writes earlier ones anew as later ones come.
+        """
+        rendered: list[int] = []
+        messages = list(prompt)
+        for message in answers:
+            sampled = message["role"] == "assistant"
+            if sampled:
+                opening = self._tokens(messages, open_answer=True)
+                yield _added(rendered, opening), False
+                rendered = opening
+            messages.append(message)
+            whole = self._tokens(messages, open_answer=False)
+            segment = _added(rendered, whole)
+            end = self._answer_end(segment) if sampled else 0
+            yield segment[:end], True
+            yield segment[end:], False
+            rendered = whole
+
+    def _tokens(self, messages: Sequence[Message], *, open_answer: bool) -> list[int]:
+        with boundary(DataError, "the model's chat template"):
+            return self._tokenizer.encode_messages(messages, open_answer=open_answer)
+
+    def _answer_end(self, answer: Sequence[int]) -> int:
+        """Templates add a line break after the token that ends an answer, which the policy never samples."""
+        ends = [i + 1 for i, token in enumerate(answer) if token in self._tokenizer.eos_token_ids]
+        return ends[-1] if ends else len(answer)
+
+
+def _added(before: Sequence[int], after: Sequence[int]) -> Sequence[int]:
+    if after[: len(before)] != before:
+        raise DataError(
+            "the model's chat template renders earlier messages anew when later ones come, so their tokens are not "
+            "those that were sampled. Push one turn a group, or push tokens."
+        )
+    return after[len(before) :]
