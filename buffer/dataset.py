@@ -22,15 +22,6 @@ KEYS = ("messages", "text", "label", "tags", "metadata", "id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptFile:
-    """The distinct problems of one file, in file order."""
-
-    prompts: tuple[Prompt, ...]
-    num_duplicates: int
-    """Rows left out because an earlier row poses the same problem."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SftRow:
     """One example of supervised fine-tuning."""
 
@@ -51,26 +42,35 @@ def prompt_uid(*, messages: Sequence[Message] = (), text: str = "", label: Any =
     return hashlib.blake2b(content.encode("utf-8"), digest_size=8).hexdigest()
 
 
-def read_prompts(path: Path, *, require_label: bool = True) -> PromptFile:
-    """Read a prompt file. The same problem twice is kept once, at its first place, and counted.
+def to_prompt(row: Row, *, where: str, require_label: bool = True) -> Prompt:
+    """The prompt of one row that stands at `where`.
 
     Raises:
-        DataError: a row is not a prompt, or two rows have the same ``id``.
+        DataError: the row is not a prompt.
     """
-    prompts: dict[str, Prompt] = {}
-    places: dict[str, str] = {}
-    num_rows = 0
-    for where, row in read_rows(path):
-        num_rows += 1
-        prompt = _prompt(row, where=where, keys=KEYS)
-        if require_label and prompt.label is None:
-            raise DataError(
-                f"{where}: got no 'label'. Add the right answer to the row, or set data.require_label = false "
-                "for a reward that needs none."
-            )
-        _check_id(row.get("id"), where=where, places=places)
-        prompts.setdefault(prompt.uid, prompt)
-    return PromptFile(prompts=tuple(prompts.values()), num_duplicates=num_rows - len(prompts))
+    prompt = _prompt(row, where=where, keys=KEYS)
+    if require_label and prompt.label is None:
+        raise DataError(
+            f"{where}: got no 'label'. Add the right answer to the row, or set data.require_label = false "
+            "for a reward that needs none."
+        )
+    return prompt
+
+
+def not_json(error: Exception, *, where: str) -> DataError:
+    """What to raise where the row at `where` holds a date, NaN or the like."""
+    return DataError(
+        f"{where}: got a value that JSON does not have ({error}). "
+        "Write it as a plain string or number, or remove the row."
+    )
+
+
+def repeated_id(name: Any, *, where: str, first: str) -> DataError:
+    """What to raise where the row at `where` has the id of the one at `first`."""
+    return DataError(
+        f"{where}: got the id {name!r}, which is also the id of {first}. "
+        "Give each row an id of its own, or leave 'id' out: slime tells problems apart by content."
+    )
 
 
 def read_sft_rows(path: Path) -> list[SftRow]:
@@ -86,7 +86,8 @@ def read_sft_rows(path: Path) -> list[SftRow]:
         response = row.get("response")
         if not isinstance(response, str) or not response:
             _refuse(where, "response", response, right="a string that is not empty")
-        _check_id(row.get("id"), where=where, places=places)
+        if (name := row.get("id")) is not None and (first := places.setdefault(str(name), where)) != where:
+            raise repeated_id(name, where=where, first=first)
         rows.append(SftRow(prompt=prompt, response=response))
     return rows
 
@@ -154,21 +155,7 @@ def _uid(where: str, *, messages: Sequence[Message], text: str, label: Any) -> s
     try:
         return prompt_uid(messages=messages, text=text, label=label)
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{where}: got a value that JSON does not have ({error}). "
-            "Write it as a plain string or number, or remove the row."
-        ) from None
-
-
-def _check_id(name: Any, *, where: str, places: dict[str, str]) -> None:
-    if name is None:
-        return
-    if str(name) in places:
-        raise DataError(
-            f"{where}: got the id {name!r}, which is also the id of {places[str(name)]}. "
-            "Give each row an id of its own, or leave 'id' out: slime tells problems apart by content."
-        )
-    places[str(name)] = where
+        raise not_json(error, where=where) from None
 
 
 def _refuse(where: str, key: str, value: Any, *, right: str) -> NoReturn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,44 +29,93 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         DataError: the file is missing, of another kind, unreadable or without rows, or a line is not one JSON object.
     """
+    empty = True
+    for where, row in _read_parquet(path) if is_parquet(path) else _read_jsonl(path):
+        empty = False
+        yield where, row
+    if empty:
+        raise no_rows(path)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file of prompts is ``.parquet`` and not ``.jsonl``.
+
+    Raises:
+        DataError: it is missing, or of another kind.
+    """
     if not path.is_file():
         _refuse_missing(path)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(
             f"{path}: got a file that ends in {path.suffix or 'nothing'!r}. Prompts are read from .jsonl and .parquet. "
             "Convert the file, or rename it if it is one of the two."
         )
-    empty = True
-    for where, row in readers[path.suffix](path):
-        empty = False
-        yield where, row
-    if empty:
-        raise DataError(f"{path}: got no rows. Write one JSON object a line, such as {_EXAMPLE}, or name another file.")
+    return path.suffix == ".parquet"
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def no_rows(path: Path) -> DataError:
+    """What to raise for a file without rows."""
+    return DataError(f"{path}: got no rows. Write one JSON object a line, such as {_EXAMPLE}, or name another file.")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield ``(number, offset, line)`` for each line of a ``.jsonl`` file that is not empty.
+
+    `offset` counts bytes from the start of the file; a byte order mark is no part of the first line.
+
+    Raises:
+        DataError: the file cannot be read, or a line is too long.
+    """
     try:
-        file = path.open("rb")
+        file = path.open("rb", buffering=2**20)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Make it readable, or name another file.") from error
     with file:
-        number = 0
+        number = offset = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            where = f"{path}, line {number}"
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"{where}: got more than {MAX_LINE_BYTES // 2**20} MiB without a line break. Write one JSON object "
-                    "a line, or shorten this row."
+                    f"{line_of(path, number)}: got more than {MAX_LINE_BYTES // 2**20} MiB without a line break. Write "
+                    "one JSON object a line, or shorten this row."
                 )
-            if number == 1:
-                line = line.removeprefix(_BOM)
+            if number == 1 and line.startswith(_BOM):
+                line, offset = line.removeprefix(_BOM), len(_BOM)
             if line.strip(b" \t\r\n"):
-                yield where, _parse_line(line, where=where)
+                yield number, offset, line
+            offset += len(line)
 
 
-def _parse_line(line: bytes, *, where: str) -> Row:
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """`length` bytes of a file from `offset`, fewer at its end.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(file, length, offset)
+    finally:
+        os.close(file)
+
+
+def line_of(path: Path, number: int) -> str:
+    """The place of a row, for messages. `number` counts from 1."""
+    return f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {number}"
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, _, line in read_lines(path):
+        where = line_of(path, number)
+        yield where, parse_line(line, where=where)
+
+
+def parse_line(line: bytes, *, where: str) -> Row:
+    """One line of a ``.jsonl`` file as a row.
+
+    Raises:
+        DataError: it is not one JSON object, or holds what other programs would read in another way.
+    """
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -137,7 +187,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
-                yield f"{path}, row {number}", _without_nulls(row)
+                yield line_of(path, number), _without_nulls(row)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: got a file that is not whole parquet ({error}). Write it again, or give the prompts as .jsonl."

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from buffer.dataset import prompt_uid, read_prompts
+import numpy as np
+
+from buffer.index import PromptIndex, open_index
+from buffer.scan import UInt64
+from buffer.sources import IndexedPrompts
 from slime.config import DataConfig
 from slime.errors import DataError
 from slime.types import Prompt
@@ -16,69 +20,81 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """The prompts of a run. No question of `eval` is asked in `train`, whatever its label there."""
+    """The prompts of a run. No question of the evaluation set is asked in `train`, whatever its label there."""
 
-    train: tuple[Prompt, ...]
-    """In file order."""
+    train: tuple[IndexedPrompts, ...]
+    """By source, as ``data.train`` lists them."""
     eval: tuple[Prompt, ...]
-    """In order of uid, so that its first n are the same n when the file's rows are added to or reordered."""
+    """The first by the hash of their question: the same ones when rows are added to the file or moved in it."""
     num_duplicates: int
-    """Rows left out of either because an earlier row poses the same problem."""
+    """Rows left out because an earlier row of their file poses the same problem."""
     num_leaked: int
-    """Training rows left out because `eval` asks the same."""
+    """Training rows left out because ``data.eval`` asks the same."""
 
 
-def is_held_out(uid: str, *, share: float) -> bool:
-    """Whether a problem belongs to the held-out `share`. A function of its content alone: no row added, removed or
-    moved elsewhere in the file changes it."""
-    return int(uid, 16) < share * 2**64
+def load_split(data: DataConfig, *, num_eval: int | None = None) -> Split:
+    """Index the prompt files of a run and keep apart what is trained and what is evaluated.
 
+    Held out are the questions whose hash is below ``held_out * 2**64``. That is a function of the question alone: no
+    row added, removed or moved elsewhere changes it, and rows of one question, in whatever source, stand on one side.
 
-def load_split(data: DataConfig) -> Split:
-    """Read the prompt files of a run and keep apart what is trained and what is evaluated.
+    Args:
+        num_eval: at most so many prompts are read for evaluation.
 
     Raises:
         DataError: a file is wrong, or one side is left without prompts.
     """
-    train_file = read_prompts(data.train, require_label=data.require_label)
-    if data.eval is None:
-        num_duplicates = train_file.num_duplicates
-        eval_prompts = [prompt for prompt in train_file.prompts if is_held_out(prompt.uid, share=data.held_out)]
-    else:
-        eval_file = read_prompts(data.eval, require_label=data.require_label)
-        num_duplicates = train_file.num_duplicates + eval_file.num_duplicates
-        eval_prompts = list(eval_file.prompts)
-    eval_uids = {prompt.uid for prompt in eval_prompts} if data.eval is None else set()
-    candidates = [prompt for prompt in train_file.prompts if prompt.uid not in eval_uids]
-    train = _without(candidates, questions=eval_prompts)
+    indices = [open_index(source.path, require_label=data.require_label) for source in data.train]
+    apart = open_index(data.eval, require_label=data.require_label) if data.eval else None
+    starts = [0 if apart else _num_held_out(index, share=data.held_out) for index in indices]
+    leaked = [_asked_by(apart, index) if apart else None for index in indices]
+    held_out = [IndexedPrompts(index, stop=start) for index, start in zip(indices, starts, strict=True)]
     split = Split(
-        train=tuple(train),
-        eval=tuple(sorted(eval_prompts, key=lambda prompt: prompt.uid)),
-        num_duplicates=num_duplicates,
-        num_leaked=len(candidates) - len(train),
+        train=tuple(
+            IndexedPrompts(index, start=start, without=without, in_file_order=not data.shuffle, tags=source.tags)
+            for source, index, start, without in zip(data.train, indices, starts, leaked, strict=True)
+        ),
+        eval=_first([IndexedPrompts(apart)] if apart else held_out, num=num_eval),
+        num_duplicates=sum(index.num_duplicates for index in (*indices, *([apart] if apart else []))),
+        num_leaked=sum(len(places) for places in leaked if places is not None),
     )
     _check(split, data)
     return split
 
 
-def _without(prompts: Iterable[Prompt], *, questions: Iterable[Prompt]) -> list[Prompt]:
-    asked = {_question(prompt) for prompt in questions}
-    return [prompt for prompt in prompts if _question(prompt) not in asked]
+def _num_held_out(index: PromptIndex, *, share: float) -> int:
+    return int(np.searchsorted(index.questions, np.uint64(int(share * 2**64))))
 
 
-def _question(prompt: Prompt) -> str:
-    return prompt_uid(messages=prompt.messages, text=prompt.text)
+def _asked_by(evaluation: PromptIndex, index: PromptIndex) -> UInt64:
+    """[num_leaked], ascending: places in `index` of the questions that the evaluation set asks."""
+    asked = np.unique(evaluation.questions)
+    first, end = (np.searchsorted(index.questions, asked, side=side) for side in ("left", "right"))
+    found = end > first
+    places = [np.arange(*bounds, dtype=np.uint64) for bounds in zip(first[found], end[found], strict=True)]
+    return np.concatenate([np.empty(0, dtype=np.uint64), *places])
+
+
+def _first(sources: Sequence[IndexedPrompts], *, num: int | None) -> tuple[Prompt, ...]:
+    """The first prompts of several sources together, by question and uid; those they share once."""
+    found: dict[tuple[int, int], tuple[IndexedPrompts, int]] = {}
+    for source in sources:
+        for position in range(len(source))[:num]:
+            found.setdefault(source.identity(position), (source, position))
+    return tuple(source[position] for _, (source, position) in sorted(found.items(), key=lambda item: item[0])[:num])
 
 
 def _check(split: Split, data: DataConfig) -> None:
-    if not split.train:
-        raise DataError(
-            f"{data.train}: got no prompt to train on: every one is held out or is also in the evaluation set. "
-            "Add prompts, or lower data.held_out."
-        )
+    for source, prompts in zip(data.train, split.train, strict=True):
+        if not prompts:
+            raise DataError(
+                f"{source.path}: got no prompt to train on: every one is held out or is also in the evaluation set. "
+                "Add prompts, or lower data.held_out."
+            )
     if data.eval is None and data.held_out > 0 and not split.eval:
         raise DataError(
-            f"{data.train}: held out 0 of {len(split.train)} prompts, with data.held_out = {data.held_out}. "
+            f"{', '.join(str(source.path) for source in data.train)}: held out 0 of {sum(map(len, split.train))} "
+            f"prompts, with data.held_out = {data.held_out}. "
             "Raise data.held_out, or give an evaluation file of its own as data.eval."
         )
     if split.num_duplicates or split.num_leaked:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -24,6 +24,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
 OFF_POLICY_IMPORTANCE_CAP = 2.0
+MIXTURE_SLOTS = 1024
+"""Positions after which the mixture of several prompt sources repeats: shares are kept to 1/1024."""
 
 
 class Table(BaseModel):
@@ -37,17 +39,44 @@ class ModelConfig(Table):
     """Hugging Face directory: config.json, safetensors weights and a tokenizer. Relative to the run file."""
 
 
+class SourceConfig(Table):
+    """One file of prompts, among several."""
+
+    path: FilePath
+    """Prompts, ``.jsonl`` or ``.parquet``."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """How many of the prompts that are issued come from here, relative to the other weights, whatever its size."""
+    tags: tuple[str, ...] = ()
+    """Added to the tags of each of its prompts."""
+
+
+def _as_sources(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str | Path) else value
+
+
 class DataConfig(Table):
-    train: FilePath
-    """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``, and ``label``, ``tags``, ``metadata``, ``id``."""
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+    """Prompts, ``.jsonl`` or ``.parquet``: ``messages`` or ``text``, and ``label``, ``tags``, ``metadata``, ``id``. One
+    file, or several that are mixed by weight: ``[[data.train]]``."""
     eval: FilePath | None = None
-    """Prompts of a separate evaluation set. Without it, `held_out` of the training file are set apart by hash."""
+    """Prompts of a separate evaluation set. Without it, `held_out` of the training prompts are set apart by hash."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of `train` kept for evaluation. Chosen by content hash: stable when rows are added or reordered."""
+    """Share of the questions of `train` kept for evaluation. Chosen by hash: stable when rows are added or moved."""
     require_label: bool = True
     """Refuse rows without a label. Switch off for rewards that need none."""
     shuffle: bool = True
     """Visit prompts in a new order each epoch, a function of the seed alone."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> DataConfig:
+        total = sum(source.weight for source in self.train)
+        for source in self.train:
+            if source.weight * MIXTURE_SLOTS < total:
+                raise ValueError(
+                    f"data.train: {source.path} has the weight {source.weight:g} of {total:g} in all, and shares below "
+                    f"1/{MIXTURE_SLOTS} cannot be kept"
+                )
+        return self
 
 
 class RolloutConfig(Table):
@@ -87,8 +116,8 @@ class BufferConfig(Table):
     def _oversample_fits(self) -> BufferConfig:
         if self.oversample is not None and self.oversample > self.max_staleness + 1:
             raise ValueError(
-                f"oversample = {self.oversample:g} is more than max_staleness + 1 = {self.max_staleness + 1}: the "
-                "groups beyond would be too old when their step comes. Raise max_staleness, or lower oversample"
+                f"buffer.oversample = {self.oversample:g} is more than buffer.max_staleness + 1 = "
+                f"{self.max_staleness + 1}: the groups beyond would be too old when their step comes"
             )
         return self
 

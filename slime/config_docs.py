@@ -40,6 +40,9 @@ def _tables(model: type[BaseModel], prefix: str, *, only: tuple[str, ...] = ()) 
     for name, field in fields.items():
         if _is_table(field) and name != "profile":
             yield from _tables(field.annotation, f"{prefix}.{name}".strip("."))  # type: ignore[arg-type]
+        for element in get_args(field.annotation):
+            if isinstance(element, type) and issubclass(element, BaseModel):
+                yield from _tables(element, f"[{prefix}.{name}]")
 
 
 def _is_table(field: FieldInfo) -> bool:
@@ -66,6 +69,8 @@ def _type(annotation: Any) -> str:
     options = [option for option in get_args(annotation) if option is not type(None)]
     if all(isinstance(option, str) for option in options) and options:
         return " or ".join(f'`"{option}"`' for option in options)
+    if any(isinstance(option, type) and issubclass(option, BaseModel) for option in options):
+        return "path or tables"
     origin = get_origin(annotation)
     if origin in (tuple, list, dict):
         return str(origin.__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -177,6 +178,8 @@ def _explain(config: type[BaseModel], error: Any, sources: Sequence[Source]) -> 
 def _fields(config: type[BaseModel], keys: Keys) -> list[str]:
     model: Any = config
     for key in keys:
+        if isinstance(key, int):  # an element of a list, whose table was found with the list
+            continue
         annotation = model.model_fields[key].annotation
         options = [annotation, *get_args(annotation)]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
@@ -189,7 +192,8 @@ def _where(keys: Keys, sources: Sequence[Source]) -> str:
         own = keys[len(source.prefix) :] if keys[: len(source.prefix)] == source.prefix else ()
         node: Any = source.values
         for key in own:
-            node = node.get(key) if isinstance(node, dict) else None
+            inside = isinstance(node, dict) or (isinstance(node, list) and isinstance(key, int) and key < len(node))
+            node = (node.get(key) if isinstance(node, dict) else node[key]) if inside else None
         if own and node is not None:
             line = _line(source.text, own)
             return f"{source.name}:{line}" if line else source.name
@@ -198,10 +202,14 @@ def _where(keys: Keys, sources: Sequence[Source]) -> str:
 
 def _line(text: str, keys: Keys) -> int | None:
     table = ""
+    tables = Counter[str]()
     wanted = ".".join(map(str, keys))
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([^\]]+)\]", line):
-            table = header[1].strip()
+        if header := re.match(r"\s*(\[\[?)([^\[\]]+)\]", line):
+            table = header[2].strip()
+            if header[1] == "[[":
+                table = f"{table}.{tables[table]}"
+                tables[table.rpartition(".")[0]] += 1
             if table == wanted:
                 return number
         elif (key := re.match(r"\s*([\w.-]+)\s*=", line)) and f"{table}.{key[1]}".strip(".") == wanted:

@@ -57,9 +57,9 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens} leaves no room for a prompt in the "
             f"model's context of {model.max_positions} tokens.\nLower it, or use a model with a longer context."
         )
-    split = load_split(config.data)
+    split = load_split(config.data, num_eval=config.eval.num_prompts)
     tokenizer = Tokenizer(str(config.model.path))
-    for prompt in (*split.train[:1], *split.eval[:1]):
+    for prompt in (*(prompts[0] for prompts in split.train), *split.eval[:1]):
         tokenizer.encode_prompt(prompt)
     check_reward(config.reward, base_dir=base_dir)
     if config.trainer.loss.fn:
@@ -76,7 +76,12 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
     checked = Checked(
         tokenizer=tokenizer,
         split=split,
-        order=PromptOrder(split.train, seed=config.seed, shuffle=config.data.shuffle),
+        order=PromptOrder(
+            *split.train,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            weights=[source.weight for source in config.data.train],
+        ),
         generate=optional(config.rollout.generate, "rollout.generate", "prompt", "sample", "client"),
         filters={name: _filter(name, base_dir=base_dir) for name in config.buffer.filters},
         advantages=_advantages(config, base_dir=base_dir),

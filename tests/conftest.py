@@ -1,10 +1,18 @@
-"""Shared by tests that run Megatron in their own process."""
+"""Shared by all tests: a cache of their own, and a process group for those that run Megatron in their own process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever is cached, here and in child processes, goes with the tests' other files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_paths_are_relative_to_the_run_file_and_the_run_directory_is_not(task: P
     """A run started from elsewhere would otherwise read another model."""
     config = load_config(task, RunConfig, profile="cpu")
     assert config.model.path == task.parent / "model"
-    assert config.data.train == task.parent / "data/train.jsonl"
+    assert config.data.train[0].path == task.parent / "data/train.jsonl"
     assert config.run_dir == Path("runs/x")
 
 
@@ -115,3 +115,33 @@ def test_an_unknown_profile_lists_the_known_ones(task: Path) -> None:
     """`--profile gpu` is an easy guess."""
     with pytest.raises(ConfigError, match="1gpu, 8gpu, cpu"):
         load_config(task, RunConfig, profile="gpu")
+
+
+def test_prompts_come_from_one_file_or_from_weighted_ones(task: Path) -> None:
+    """Pins: paths in the tables of a list that are not taken relative to the run file, or weights that are lost."""
+    text = task.read_text()
+    (one,) = load_config(task, RunConfig, profile="cpu").data.train
+    assert (one.path, one.weight, one.tags) == (task.parent / "data/train.jsonl", 1.0, ())
+    tables = '[[data.train]]\npath = "a.jsonl"\n[[data.train]]\npath = "b.parquet"\nweight = 3\ntags = ["hard"]\n'
+    task.write_text(text.replace('train = "data/train.jsonl"\n', tables))
+    first, second = load_config(task, RunConfig, profile="cpu").data.train
+    assert (first.path, second.path, second.weight) == (task.parent / "a.jsonl", task.parent / "b.parquet", 3.0)
+    assert second.tags == ("hard",)
+
+
+@pytest.mark.parametrize(
+    ("line", "number", "expected"),
+    [
+        ("wieght = 2", 11, "unknown key data.train.1.wieght (value 2).\nDid you mean weight?"),
+        ("weight = 0", 11, "data.train.1.weight = 0: input should be greater than 0"),
+        ("weight = 0.0001", 6, "b.jsonl has the weight 0.0001 of 1.0001 in all, and shares below 1/1024"),
+    ],
+)
+def test_a_mistake_in_a_source_is_named(task: Path, line: str, number: int, expected: str) -> None:
+    """Pins: a traceback, or a message without the place, for what stands in a list of tables."""
+    tables = f'[[data.train]]\npath = "a.jsonl"\n[[data.train]]\npath = "b.jsonl"\n{line}\n'
+    task.write_text(task.read_text().replace('train = "data/train.jsonl"\n', tables))
+    with pytest.raises(ConfigError) as refused:
+        load_config(task, RunConfig, profile="cpu")
+    assert expected in str(refused.value)
+    assert f"{task}:{number}" in str(refused.value)

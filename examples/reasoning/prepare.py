@@ -163,9 +163,8 @@ def write_data(directory: Path, *, num_problems: int, num_examples: int, rng: ra
         ),
     )
     held_out = tomllib.loads((HERE / "run.toml").read_text())["data"]["held_out"]
-    split = load_split(DataConfig(train=train, held_out=held_out))
-    seen = [problems[prompt.text] for prompt in split.train]
-    write_rows(directory / "sft.jsonl", examples(seen, num_examples, rng=rng))
+    (seen,) = load_split(DataConfig(train=train, held_out=held_out)).train
+    write_rows(directory / "sft.jsonl", examples([problems[prompt.text] for prompt in seen], num_examples, rng=rng))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

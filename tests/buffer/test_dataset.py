@@ -13,9 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from buffer.dataset import prompt_uid, read_prompts, read_sft_rows
+from buffer.dataset import prompt_uid, read_sft_rows
+from buffer.index import open_index
 from buffer.rows import MAX_LINE_BYTES
+from buffer.sources import IndexedPrompts
 from slime.errors import DataError
+from slime.types import Prompt
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no failure."""
@@ -27,6 +30,11 @@ def write(tmp_path: Path, content: bytes, name: str = "prompts.jsonl") -> Path:
     path = tmp_path / name
     path.write_bytes(content)
     return path
+
+
+def read_prompts(path: Path, *, require_label: bool = True) -> list[Prompt]:
+    """In file order."""
+    return list(IndexedPrompts(open_index(path, require_label=require_label), in_file_order=True))
 
 
 def row(**keys: Any) -> bytes:
@@ -105,14 +113,14 @@ def test_what_editors_do_to_files_is_accepted(tmp_path: Path, content: bytes) ->
     """Pins: a carriage return or a byte order mark that ends up in a prompt or in its uid."""
     plain = read_prompts(write(tmp_path, GOOD + row(), "plain.jsonl"))
     assert read_prompts(write(tmp_path, content)) == plain
-    assert [prompt.text for prompt in plain.prompts] == ["1 + 1 =", "1 + 2 ="]
+    assert [prompt.text for prompt in plain] == ["1 + 1 =", "1 + 2 ="]
 
 
 def test_line_separators_inside_strings_do_not_split_rows(tmp_path: Path) -> None:
     """Pins: a reader that splits lines at U+2028 or U+0085, as str.splitlines does."""
     text = "a\u2028b\u2029c\u0085d\x0be\x1cf"
     path = write(tmp_path, json.dumps({"text": text, "label": 1}, ensure_ascii=False).encode() + b"\n")
-    assert read_prompts(path).prompts[0].text == text
+    assert read_prompts(path)[0].text == text
 
 
 def test_every_key_of_a_row_arrives(tmp_path: Path) -> None:
@@ -121,7 +129,7 @@ def test_every_key_of_a_row_arrives(tmp_path: Path) -> None:
     path = write(
         tmp_path, row(text=None, messages=messages, label={"answer": 3}, tags=["sum"], metadata={"level": 2}, id="q1")
     )
-    (prompt,) = read_prompts(path).prompts
+    (prompt,) = read_prompts(path)
     assert prompt.messages == tuple(messages)
     assert prompt.text == ""
     assert prompt.label == {"answer": 3}
@@ -133,29 +141,29 @@ def test_characters_beyond_the_first_plane_may_be_spelt_as_pairs(tmp_path: Path)
     """Pins: a check on half pairs that refuses whole ones, which is how json.dumps writes every emoji."""
     path = write(tmp_path, row(text="\N{GRINNING FACE} = ?"))
     assert b"\\ud83d\\ude00" in path.read_bytes()
-    assert read_prompts(path).prompts[0].text == "\N{GRINNING FACE} = ?"
+    assert read_prompts(path)[0].text == "\N{GRINNING FACE} = ?"
 
 
 def test_whole_numbers_of_any_size_stay_exact(tmp_path: Path) -> None:
     """Pins: a parser that turns a long answer into a float, so that the right answer is marked wrong."""
     path = write(tmp_path, row(label=2**200 + 1))
-    assert read_prompts(path).prompts[0].label == 2**200 + 1
+    assert read_prompts(path)[0].label == 2**200 + 1
 
 
 def test_labels_may_be_absent_where_no_reward_needs_them(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"text": "Write a poem."}\n')
-    assert read_prompts(path, require_label=False).prompts[0].label is None
+    assert read_prompts(path, require_label=False)[0].label is None
 
 
 def test_the_same_problem_twice_is_kept_once_and_counted(tmp_path: Path) -> None:
     """Pins: a duplicate that counts double in training; tags and metadata do not make another problem."""
-    read = read_prompts(write(tmp_path, row() + GOOD + row(tags=["again"], metadata={"page": 2}) + row(label="4")))
-    assert [(prompt.text, prompt.label) for prompt in read.prompts] == [
-        ("1 + 2 =", "3"),
-        ("1 + 1 =", "2"),
-        ("1 + 2 =", "4"),
+    path = write(tmp_path, row() + GOOD + row(tags=["again"], metadata={"page": 2}) + row(label="4"))
+    assert [(prompt.text, prompt.label, prompt.tags) for prompt in read_prompts(path)] == [
+        ("1 + 2 =", "3", ()),
+        ("1 + 1 =", "2", ()),
+        ("1 + 2 =", "4", ()),
     ]
-    assert read.num_duplicates == 1
+    assert open_index(path).num_duplicates == 1
 
 
 def test_the_uid_is_of_the_content_and_stays_what_it_is() -> None:
@@ -291,8 +299,8 @@ def test_no_json_ends_in_anything_but_prompts_or_a_data_error(
         tmp_path_factory.getbasetemp(), b"".join(json.dumps(row).encode() + b"\n" for row in rows), "any.jsonl"
     )
     try:
-        read = read_prompts(path, require_label=False)
+        index = open_index(path, require_label=False)
     except DataError:
         return
-    assert len(read.prompts) + read.num_duplicates == len(rows)
-    assert all(prompt.text.strip() or prompt.messages for prompt in read.prompts)
+    assert len(index) + index.num_duplicates == len(rows)
+    assert all(prompt.text.strip() or prompt.messages for prompt in IndexedPrompts(index))

@@ -1,19 +1,19 @@
-"""What is trained and what is evaluated never overlap, and the order of training is a function of the seed."""
+"""What is trained and what is evaluated never overlap, whatever happens to the files."""
 
 from __future__ import annotations
 
 import json
 import logging
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from buffer.dataset import prompt_uid
-from buffer.order import PromptOrder
-from buffer.split import is_held_out, load_split
+from buffer.split import Split, load_split
 from slime.config import DataConfig
 from slime.errors import DataError
 from slime.types import Prompt
@@ -28,125 +28,114 @@ def rows(count: int, *, start: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"{i} + 1 =", "label": str(i + 1)} for i in range(start, start + count)]
 
 
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt(uid=prompt_uid(text=f"{i} + 1 ="), text=f"{i} + 1 =") for i in range(count)]
+def trained(split: Split) -> list[Prompt]:
+    return [prompt for prompts in split.train for prompt in prompts]
 
 
-def test_held_out_prompts_stay_held_out_when_rows_move_or_come(tmp_path: Path) -> None:
+def question(prompt: Prompt) -> int:
+    """What decides, written down a second time."""
+    return int(prompt_uid(text=prompt.text), 16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(random=st.randoms(use_true_random=False), share=st.floats(0.05, 0.9), num_more=st.integers(0, 100))
+def test_held_out_prompts_stay_held_out_when_rows_move_or_come(
+    tmp_path_factory: pytest.TempPathFactory, random: random.Random, share: float, num_more: int
+) -> None:
     """Pins: a split by position or by a shuffle of all rows, which moves trained problems into the evaluation set."""
-    before = load_split(DataConfig(train=write(tmp_path / "a.jsonl", rows(500)), held_out=0.1))
-    more = rows(700)
-    random.Random(0).shuffle(more)
-    after = load_split(DataConfig(train=write(tmp_path / "b.jsonl", more), held_out=0.1))
+    folder = tmp_path_factory.mktemp("moved")
+    before = load_split(DataConfig(train=write(folder / "a.jsonl", rows(100)), held_out=share))
+    more = rows(100 + num_more)
+    random.shuffle(more)
+    after = load_split(DataConfig(train=write(folder / "b.jsonl", more), held_out=share))
     assert {prompt.uid for prompt in before.eval} <= {prompt.uid for prompt in after.eval}
-    assert not {prompt.uid for prompt in before.train} & {prompt.uid for prompt in after.eval}
-    assert [prompt.uid for prompt in after.eval] == sorted(prompt.uid for prompt in after.eval)
+    assert {prompt.uid for prompt in trained(before)} <= {prompt.uid for prompt in trained(after)}
+    assert len(trained(after)) + len(after.eval) == len(more)
+    assert [question(prompt) for prompt in after.eval] == sorted(question(prompt) for prompt in after.eval)
+    assert all(question(prompt) < share * 2**64 for prompt in after.eval)
+    assert all(question(prompt) >= share * 2**64 for prompt in trained(after))
 
 
-def test_the_held_out_share_is_about_what_was_asked() -> None:
-    """Pins: a threshold on a part of the hash that is not uniform. 5 standard deviations, with fixed uids."""
-    uids = [prompt.uid for prompt in prompts(10_000)]
+def test_the_held_out_share_is_about_what_was_asked(tmp_path: Path) -> None:
+    """Pins: a threshold on a part of the hash that is not uniform. 5 standard deviations, with fixed questions."""
+    path = write(tmp_path / "train.jsonl", rows(10_000))
     for share in (0.01, 0.1, 0.5, 0.9):
         expected, deviation = 10_000 * share, (10_000 * share * (1 - share)) ** 0.5
-        assert abs(sum(is_held_out(uid, share=share) for uid in uids) - expected) < 5 * deviation
-    assert not any(is_held_out(uid, share=0.0) for uid in uids)
+        split = load_split(DataConfig(train=path, held_out=share), num_eval=1)
+        assert abs(10_000 - len(split.train[0]) - expected) < 5 * deviation
+
+
+def test_only_as_many_prompts_are_read_for_evaluation_as_are_asked_for(tmp_path: Path) -> None:
+    """Pins: a tenth of ten million rows in memory, of which 128 are evaluated; and ones that change with the number."""
+    path = write(tmp_path / "train.jsonl", rows(300))
+    every = load_split(DataConfig(train=path, held_out=0.5))
+    first = load_split(DataConfig(train=path, held_out=0.5), num_eval=7)
+    assert first.eval == every.eval[:7]
+    assert len(first.train[0]) == len(every.train[0]) == 300 - len(every.eval)
 
 
 def test_nothing_evaluated_is_trained_under_another_label_or_twice(tmp_path: Path, caplog: Any) -> None:
     """Pins: an evaluation question that is trained on because its training row differs in the label, or comes twice."""
     train = write(tmp_path / "train.jsonl", [*rows(10), *rows(2), {"text": "0 + 1 =", "label": "one"}])
     evaluation = write(tmp_path / "eval.jsonl", [*rows(3), *rows(1)])
-    with caplog.at_level(logging.WARNING):
-        split = load_split(DataConfig(train=train, eval=evaluation))
-    assert [prompt.text for prompt in split.train] == [f"{i} + 1 =" for i in range(3, 10)]
-    assert len(split.eval) == 3
-    assert (split.num_duplicates, split.num_leaked) == (3, 4)
-    assert "3 duplicate rows and 4 training rows" in caplog.text
+    for shuffle in (True, False):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            split = load_split(DataConfig(train=train, eval=evaluation, shuffle=shuffle), num_eval=2)
+        texts = [prompt.text for prompt in trained(split)]
+        assert (sorted(texts) if shuffle else texts) == [f"{i} + 1 =" for i in range(3, 10)]
+        assert len(split.eval) == 2
+        assert (split.num_duplicates, split.num_leaked) == (3, 4)
+        assert "3 duplicate rows and 4 training rows" in caplog.text
 
 
 def test_a_question_with_two_labels_falls_on_one_side(tmp_path: Path) -> None:
-    """Pins: the leak by label, in a split by hash."""
-    both = [{"text": f"{i} + 1 =", "label": label} for i in range(200) for label in ("a", "b")]
-    split = load_split(DataConfig(train=write(tmp_path / "train.jsonl", both), held_out=0.3))
-    assert not {prompt.text for prompt in split.train} & {prompt.text for prompt in split.eval}
-    assert split.num_leaked > 0
-    assert len(split.train) + len(split.eval) + split.num_leaked == 400
+    """Pins: the leak by label, in a split by hash, within a file and between two."""
+    one, two = (
+        [{"text": f"{i} + 1 =", "label": label} for i in range(200) for label in labels] for labels in ("ab", "c")
+    )
+    sources = [{"path": write(tmp_path / "1.jsonl", one)}, {"path": write(tmp_path / "2.jsonl", two)}]
+    split = load_split(DataConfig(train=sources, held_out=0.3))
+    assert not {prompt.text for prompt in trained(split)} & {prompt.text for prompt in split.eval}
+    assert len(trained(split)) + len(split.eval) == 600
+
+
+def test_a_prompt_that_two_sources_share_is_evaluated_once(tmp_path: Path) -> None:
+    """Pins: a held-out set in which the prompts of one source count double; trained, they may, by their weights."""
+    sources = [{"path": write(tmp_path / name, rows(count))} for name, count in (("1.jsonl", 100), ("2.jsonl", 150))]
+    split = load_split(DataConfig(train=sources, held_out=0.3))
+    alone = load_split(DataConfig(train=sources[1:], held_out=0.3))
+    assert split.eval == alone.eval
+    assert trained(split)[-len(trained(alone)) :] == trained(alone)
+
+
+def test_a_source_adds_its_tags(tmp_path: Path) -> None:
+    """Pins: tags that are lost, or that stand twice where a row has them already."""
+    tagged = [row | {"tags": ["sum", "easy"]} for row in rows(1)]
+    source = {"path": write(tmp_path / "train.jsonl", tagged), "tags": ["easy", "first"]}
+    (prompt,) = trained(load_split(DataConfig(train=[source])))
+    assert prompt.tags == ("sum", "easy", "first")
+
+
+def test_unshuffled_prompts_come_in_file_order_without_those_held_out(tmp_path: Path) -> None:
+    """Pins: a curriculum that is written as a file and trained in the order of hashes."""
+    path = write(tmp_path / "train.jsonl", rows(200))
+    split = load_split(DataConfig(train=path, held_out=0.3, shuffle=False))
+    evaluated = {prompt.text for prompt in split.eval}
+    assert [prompt.text for prompt in trained(split)] == [
+        row["text"] for row in rows(200) if row["text"] not in evaluated
+    ]
 
 
 def test_a_side_without_prompts_is_refused(tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", rows(3))
     with pytest.raises(DataError, match=r"held out 0 of 3 prompts.*Raise data\.held_out, or give"):
         load_split(DataConfig(train=few, held_out=0.0001))
-    with pytest.raises(DataError, match=r"no prompt to train on.*Add prompts, or lower"):
-        load_split(DataConfig(train=few, eval=few))
+    for train in (few, [{"path": write(tmp_path / "more.jsonl", rows(5))}, {"path": few}]):
+        with pytest.raises(DataError, match=r"few\.jsonl: got no prompt to train on.*Add prompts, or lower"):
+            load_split(DataConfig(train=train, eval=few))
 
 
 def test_no_evaluation_set_is_fine_when_none_is_asked_for(tmp_path: Path) -> None:
     split = load_split(DataConfig(train=write(tmp_path / "train.jsonl", rows(3))))
-    assert (len(split.train), split.eval) == (3, ())
-
-
-def test_each_epoch_visits_every_prompt_once_in_an_order_of_its_own() -> None:
-    """Pins: an order that repeats each epoch, or drops and doubles prompts at the seam of two epochs."""
-    order = PromptOrder(prompts(50), seed=3)
-    visited = [order.prompt_at(ordinal) for ordinal in range(150)]
-    for epoch in range(3):
-        part = visited[epoch * 50 : (epoch + 1) * 50]
-        assert {number for number, _ in part} == {epoch}
-        assert Counter(prompt.uid for _, prompt in part) == Counter(prompt.uid for prompt in prompts(50))
-    orders = {tuple(prompt.uid for _, prompt in visited[start : start + 50]) for start in (0, 50, 100)}
-    assert len(orders) == 3
-
-
-def test_the_order_depends_on_the_seed_and_not_on_the_file_or_on_who_asked_before() -> None:
-    """Pins: a continued run that visits other prompts than the one that was not stopped."""
-    straight = [PromptOrder(prompts(50), seed=3).prompt_at(ordinal) for ordinal in range(150)]
-    shuffled = prompts(50)
-    random.Random(1).shuffle(shuffled)
-    jumping = PromptOrder(shuffled, seed=3)
-    asked = list(range(150))
-    random.Random(2).shuffle(asked)
-    found = {ordinal: jumping.prompt_at(ordinal) for ordinal in asked}
-    assert [found[ordinal] for ordinal in range(150)] == straight
-    other = PromptOrder(prompts(50), seed=4)
-    assert [other.prompt_at(ordinal) for ordinal in range(50)] != straight[:50]
-
-
-def test_the_order_stays_what_it_is() -> None:
-    """Pins: a run that a newer slime or NumPy continues in another order. Splitmix64 by hand, in Python's integers."""
-
-    def mix(value: int) -> int:
-        mask = 2**64 - 1
-        value = (value + 0x9E3779B97F4A7C15) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        return value ^ (value >> 31)
-
-    seed, epoch = 7, 1
-    salt = mix((mix(seed) + epoch) % 2**64)
-    expected = sorted(prompts(20), key=lambda prompt: mix(int(prompt.uid, 16) ^ salt))
-    order = PromptOrder(prompts(20), seed=seed)
-    assert [order.prompt_at(20 + position)[1] for position in range(20)] == expected
-    assert mix(0) == 0xE220A8397B1DCDAF, "the first output of the published generator for seed 0"
-
-
-def test_unshuffled_prompts_come_in_file_order() -> None:
-    order = PromptOrder(prompts(3), seed=1, shuffle=False)
-    assert [order.prompt_at(ordinal)[1].text for ordinal in range(4)] == ["0 + 1 =", "1 + 1 =", "2 + 1 =", "0 + 1 ="]
-
-
-def test_the_fingerprint_changes_exactly_when_an_ordinal_may() -> None:
-    """Pins: a run continued over other prompts, whose ordinals then name other problems than those recorded."""
-    one = PromptOrder(prompts(20), seed=1).fingerprint
-    assert PromptOrder(prompts(20)[::-1], seed=1).fingerprint == one
-    assert PromptOrder(prompts(21), seed=1).fingerprint != one
-    assert PromptOrder(prompts(20), seed=2).fingerprint != one
-    in_file_order = PromptOrder(prompts(20), seed=1, shuffle=False).fingerprint
-    assert in_file_order != one
-    assert PromptOrder(prompts(20)[::-1], seed=1, shuffle=False).fingerprint != in_file_order
-    assert PromptOrder(prompts(20), seed=2, shuffle=False).fingerprint == in_file_order
-
-
-def test_an_order_of_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="no prompts to order"):
-        PromptOrder([], seed=0)
+    assert (len(trained(split)), split.eval) == (3, ())
