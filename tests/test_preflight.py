@@ -88,6 +88,12 @@ def unknown_engine_option(task: Path) -> list[str]:
     return ["max_total_tokenz", "max_total_tokens"]
 
 
+def misspelt_filter(task: Path) -> list[str]:
+    with (task / "run.toml").open("a") as file:
+        file.write('[buffer]\nfilter = ["all", "not_trunkated"]\n')
+    return ['buffer.filter = "not_trunkated"', "Did you mean not_truncated?"]
+
+
 MISTAKES: list[Change] = [
     remove_data,
     break_a_line,
@@ -100,6 +106,7 @@ MISTAKES: list[Change] = [
     reward_wants_more,
     reward_does_not_import,
     unknown_engine_option,
+    misspelt_filter,
 ]
 
 
