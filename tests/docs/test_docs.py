@@ -24,6 +24,7 @@ from rewards.inputs import ARGUMENTS, reward_input
 from rewards.pool import check_reward
 from rewards.verdict import to_verdict
 from rollout.client import Completion
+from slime.buffer_cli import buffer_group
 from slime.cli import main
 from slime.config import Profile, RewardConfig, RunConfig, SftRunConfig
 from slime.config_docs import render
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 BASE = '[model]\npath = "model"\n[data]\ntrain = "data.jsonl"\n[reward]\nfn = "exact"\n'
-METRIC = re.compile(r"\"((?:batch|eval|loss|mismatch|publish|reward|rollout|staleness|time)/[\w@]+)\"")
+METRIC = re.compile(r"\"((?:batch|eval|loss|mismatch|publish|reward|rollout|staleness|survivorship|time)/[\w@]+)\"")
 INTERNAL_METRICS = {"loss/total"}
 """Renamed before it is written."""
 
@@ -235,6 +236,8 @@ def test_every_command_line_shown_is_one_that_slime_takes(place: str, line: str,
     if program != "slime":
         return
     name, command, arguments = main.resolve_command(click.Context(main), words)
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(click.Context(command), arguments)
     assert command is not None
     options = command.make_context(name, list(arguments), parent=click.Context(main)).params
     if "assignments" in options:
@@ -252,6 +255,9 @@ def test_the_commands_were_found() -> None:
     """Pins the test above passing because it found nothing."""
     shown = {shlex.split(line)[1] for _, line in commands() if line.startswith("slime ")}
     assert shown == set(main.commands)
+    assert {shlex.split(line)[2] for _, line in commands() if line.startswith("slime buffer ")} == set(
+        buffer_group.commands
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
