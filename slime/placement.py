@@ -15,7 +15,9 @@ class ColocatedPlacement:
         generating ── training() ──▶ engines paused and asleep, trainer awake
                    ── publishing() ─▶ both hold weights; then the trainer sleeps, engines wake and generate
 
-    An engine takes its KV cache back only after the trainer has let go, so that both never hold everything at once.
+    Requests that run when engines are paused give up their KV cache, keep their tokens, and go on under the new
+    weights. An engine takes its KV cache back only after the trainer has let go, so that both never hold everything at
+    once.
     """
 
     def __init__(self, *, engines: Sequence[RolloutEngine], trainer: Trainer) -> None:

@@ -107,16 +107,16 @@ class Buffer(Protocol):
         """Wait until the staleness bound allows one more group, and lease the next prompt instance."""
         ...
 
-    async def generated(self, lease: Lease) -> None:
-        """All samples are there and go to be graded."""
+    async def generated(self, lease: Lease) -> bool:
+        """All samples are there and go to be graded. False when that is old news, which is recorded as such."""
         ...
 
     async def put(self, lease: Lease, group: Group, *, keep: bool, reason: str = "") -> None:
         """Hand in a graded group, to be trained if `keep`, else dropped on record for `reason`."""
         ...
 
-    async def drop(self, lease: Lease, *, reason: str) -> None:
-        """The instance yields nothing: record why. Its place is given to another prompt."""
+    async def drop(self, lease: Lease, *, reason: str) -> bool:
+        """The instance yields nothing: record why. Its place is given to another prompt. False as in `generated`."""
         ...
 
     async def requeue(self, lease: Lease, *, reason: str, partial: Group | None = None) -> None:

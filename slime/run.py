@@ -96,9 +96,7 @@ async def _train(config: RunConfig, checked: Checked, *, base_dir: Path, books: 
                 RewardPool(config.reward, base_dir=base_dir, log_path=config.run_dir / "logs" / "rewards.log")
             )
             client = await stack.enter_async_context(
-                GenerationClient(
-                    processes.urls, token=processes.token, timeout_s=config.profile.engine.request_timeout_s
-                )
+                GenerationClient(processes.urls, token=processes.token, timeout_s=_request_timeout_s(config))
             )
             trainer = processes.trainer
             rollout = Rollout(
@@ -214,6 +212,12 @@ async def _start(engine: RemoteEngine, *, asleep: bool) -> str:
         await engine.pause()
         await engine.offload()
     return url
+
+
+def _request_timeout_s(config: RunConfig) -> float:
+    """A request may wait for as many training steps as its tokens may be old; `take` watches that the run moves."""
+    profile = config.profile
+    return profile.engine.request_timeout_s + config.buffer.max_staleness * profile.trainer.step_timeout_s
 
 
 def _build_batch(config: RunConfig, checked: Checked) -> BuildBatch:
