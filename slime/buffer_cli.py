@@ -50,9 +50,12 @@ def show(run_dir: Path, uid: str) -> None:
     UID is the prompt's uid or the beginning of it, an instance's number, or uid:number.
     """
     from buffer.lives import read_lives
+    from slime.buffer_prompts import prompt_of
     from slime.buffer_view import print_lives
 
-    print_lives(read_lives(run_dir, uid))
+    lives = read_lives(run_dir, uid)
+    prompt = None if any(life.samples for life in lives) else prompt_of(run_dir, lives[0].instance)
+    print_lives(lives, prompt=prompt)
 
 
 @buffer_group.command()

@@ -17,6 +17,7 @@ from buffer.ledger import Event
 from buffer.lives import Graded, Life
 from buffer.stats import Stats
 from slime.text import clock, printable
+from slime.types import Prompt
 from slime.view import prompt_text
 
 HIDDEN_WHEN_ZERO = ("filtered", "requeued", "recovered", "reverted", "late")
@@ -84,9 +85,15 @@ def _reasons(counts: Mapping[str, int]) -> str:
     return ", ".join([*shown, *([f"others {more:,}"] if more else [])])
 
 
-def print_lives(lives: list[Life], *, console: Console | None = None) -> None:
-    """One after the other: what it is, what happened to it, what it was worth, what was sampled."""
+def print_lives(lives: list[Life], *, prompt: Prompt | None = None, console: Console | None = None) -> None:
+    """One after the other: what it is, what happened to it, what it was worth, what was sampled.
+
+    Args:
+        prompt: theirs, where no sample tells it.
+    """
     console = console or Console()
+    if asked := _asked(lives, prompt):
+        console.print(Text(f"asked: {printable(asked)}"), soft_wrap=True)
     for life in lives:
         console.print(Text("\n").join(_life_lines(life)), soft_wrap=True)
         console.print()
@@ -101,12 +108,18 @@ def _life_lines(life: Life) -> list[Text]:
     lines = [Text(head, style="bold"), Text(_standing(life))]
     lines += [Text(f"  {_event(event)}") for event in life.events]
     lines += [Text(_graded(graded)) for graded in life.graded]
-    if samples:
-        lines.append(Text(f"asked: {printable(prompt_text(samples[0]['prompt']))}"))
     lines += [Text.assemble("  ", (_sample(sample), "bright_black"), "  ", _response(sample)) for sample in samples]
     if not samples:
         lines.append(Text("its samples are not at hand", style="bright_black"))
     return lines
+
+
+def _asked(lives: list[Life], prompt: Prompt | None) -> str:
+    """All lives that are shown together are of one prompt."""
+    for life in lives:
+        for sample in life.samples:
+            return prompt_text(sample["prompt"])
+    return prompt_text(prompt.messages or prompt.text) if prompt else ""
 
 
 def _standing(life: Life) -> str:

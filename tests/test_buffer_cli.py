@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from buffer.dataset import prompt_uid
 from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
 from buffer.samples import encode_line
 from buffer.schema import State
 from slime.buffer_cli import STATES
 from slime.cli import main
+from slime.config import DataConfig, ModelConfig, RewardConfig, RunConfig, SourceConfig
 from tests.buffer.example_run import make_run
 from tests.test_cli import imported_by
 
@@ -99,6 +101,7 @@ def test_the_stats_are_an_object_for_programs(run_dir: Path) -> None:
 def test_a_life_is_told_line_by_line(run_dir: Path) -> None:
     """Pins a story without its end, and an answer that is taken for markup or drives the terminal."""
     lines = slime("buffer", "show", run_dir, "a2").output.splitlines()
+    assert lines.pop(0) == "asked: 1 + 2 ="
     assert lines[:2] == [
         "instance 2  prompt a2  place 2 in the order, epoch 0",
         "committed, attempt 0, step 2, versions 0 to 0",
@@ -112,7 +115,6 @@ def test_a_life_is_told_line_by_line(run_dir: Path) -> None:
     ]
     assert lines[7:] == [
         "attempt 0 was graded: 1 of 2 passed, reward mean 0.500, 2.0 tokens",
-        "asked: 1 + 2 =",
         "  0  reward 0  completed  2 tokens  r",
         r"  1  reward 1  completed  2 tokens  it is \x1b[2J\x9b31m\u202elost 0\nissued 9",
         "",
@@ -124,6 +126,28 @@ def test_a_dropped_instance_says_why(run_dir: Path) -> None:
     assert r"dropped, attempt 0, reason: \x1b[2J\x9b31m\u202elost 0\nissued 9, versions 0 to 0" in output
     assert r"0 of 2 passed, reward mean 0.000, 2.0 tokens, refused: \x1b[2J" in output
     assert "its samples are not at hand" in output
+
+
+def test_a_prompt_without_samples_is_read_from_the_data_of_the_run(tmp_path: Path) -> None:
+    """Pins the one prompt that fails again and again told by a hash alone; and another one, after the data changed."""
+    data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text('{"text": "1 + 2 =\\u001b[2J", "label": "3"}\n')
+    config = RunConfig(
+        run_dir=run_dir,
+        model=ModelConfig(path=tmp_path),
+        data=DataConfig(train=(SourceConfig(path=data),)),
+        reward=RewardConfig(fn="exact"),
+    )
+    uid = prompt_uid(text="1 + 2 =\x1b[2J", label="3")
+    with Ledger(run_dir) as ledger:
+        ledger.issue(uid, epoch=0, position=0)
+    assert "asked" not in slime("buffer", "show", run_dir, "0").output
+    (run_dir / "config.json").write_text(config.model_dump_json())
+    assert slime("buffer", "show", run_dir, "0").output.startswith(r"asked: 1 + 2 =\x1b[2J")
+    data.write_text('{"text": "4 + 2 =", "label": "6"}\n')
+    assert "asked" not in slime("buffer", "show", run_dir, "0").output
+    data.unlink()
+    assert "asked" not in slime("buffer", "show", run_dir, "0").output
 
 
 def test_an_export_says_what_it_wrote_and_what_is_missing(run_dir: Path) -> None:
