@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from buffer import frames
 from buffer.ledger import Instance
 from buffer.payload import PromptPart
 from slime.types import Lease, Prompt
@@ -17,22 +18,31 @@ from slime.types import Lease, Prompt
 MAX_WAIT_S = 60.0
 """A long poll is answered with 204 after this at the latest, and the client asks again."""
 
-Ordinal = Annotated[int, Field(ge=0, lt=2**53)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Incarnation = Annotated[int, Field(ge=1, lt=2**53)]
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""To JSON Schema 1.0 is an integer, but true and "1" are none."""
+Ordinal = Annotated[int, Field(ge=0, lt=2**53), WHOLE]
+Count = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
+Step = Annotated[int, Field(ge=1, lt=2**31), WHOLE]
+Incarnation = Annotated[int, Field(ge=1, lt=2**53), WHOLE]
 WaitS = Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
 RequestName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 CheckpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 Text = Annotated[str, Field(max_length=2**22)]
 Tag = Annotated[str, Field(max_length=256)]
-Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Body(BaseModel):
     """Base of every body."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ErrorBody(Body):
@@ -108,7 +118,7 @@ class DropBody(AttemptBody):
 
 
 class RenewBody(Body):
-    leases: Annotated[list[AttemptBody], Field(max_length=4096)]
+    leases: Annotated[list[AttemptBody], Field(max_length=frames.MAX_GROUPS)]
 
 
 class RenewedBody(Body):
@@ -182,9 +192,9 @@ class PushedSample(Body):
 
     messages: Annotated[list[MessageBody], Field(max_length=4096)] = []
     """What follows the prompt; the assistant's messages are trained. Needs a prompt of messages."""
-    tokens: Annotated[list[Token], Field(max_length=2**22)] = []
+    tokens: Annotated[list[Count], Field(max_length=2**22)] = []
     """Prompt and response."""
-    loss_mask: Annotated[list[Literal[0, 1]], Field(max_length=2**22)] = []
+    loss_mask: Annotated[list[Annotated[int, Field(ge=0, le=1), WHOLE]], Field(max_length=2**22)] = []
     """1 for every token that the policy sampled."""
     logprobs: Annotated[list[Annotated[float, Field(le=1e-3)]], Field(max_length=2**22)] | None = None
     """Natural log-probability of every sampled token, anything where the mask is 0; null when the engine told none."""
@@ -216,7 +226,7 @@ class PushedBody(Body):
 class CommitBody(Body):
     """A point the run can be continued from."""
 
-    step: Annotated[int, Field(ge=0, lt=2**31)]
+    step: Count
     checkpoint: CheckpointName
     state: dict[str, Any]
 
@@ -233,8 +243,8 @@ class ConsumerWord(Body):
 
 
 class TakeBody(ConsumerWord):
-    step: Annotated[int, Field(ge=1, lt=2**31)]
-    num_groups: Annotated[int, Field(ge=1, le=4096)]
+    step: Step
+    num_groups: Annotated[int, Field(ge=1, le=frames.MAX_GROUPS), WHOLE]
     wait_s: WaitS = 30.0
 
 

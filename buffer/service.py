@@ -48,7 +48,8 @@ _PUSHES = TypeAdapter(list[bodies.PushEntry])
 class Polls:
     """Long polls: each waits for its work, and no longer than its client and this service are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
         self._open: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -62,7 +63,7 @@ class Polls:
         self._open.add(task)
         gone = asyncio.ensure_future(request.receive())  # the body is read: what comes is the disconnection
         try:
-            await asyncio.wait({task, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, gone}, timeout=min(wait_s, self._max_wait_s), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._open.discard(task)
             gone.cancel()
@@ -155,8 +156,17 @@ class _Open:
         return self.run.buffer
 
 
-def create_app(runs: Mapping[str, ServedRun], *, token: str, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(
+    runs: Mapping[str, ServedRun],
+    *,
+    token: str,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_wait_s: float = bodies.MAX_WAIT_S,
+) -> FastAPI:
     """The service over some runs, by name. Create it in the event loop it serves in; `close_app` ends its waits.
+
+    Args:
+        max_wait_s: of any long poll, whatever its client asks for.
 
     Raises:
         ConfigError: a name that is not a plain file name, or a token that can be guessed.
@@ -168,7 +178,7 @@ def create_app(runs: Mapping[str, ServedRun], *, token: str, max_body_bytes: int
         raise ConfigError("got a token of fewer than 16 ASCII characters. Let `slime buffer serve` make one.")
     app = FastAPI(title="slime buffer", version="1", docs_url=None, redoc_url=None, max_body_size=max_body_bytes)
     app.add_middleware(TokenGate, token=token)
-    app.state.polls = Polls()
+    app.state.polls = Polls(max_wait_s=max_wait_s)
     app.state.runs = {name: _open(run, app.state.polls) for name, run in runs.items()}
     answer_errors(app)
     app.include_router(_router)

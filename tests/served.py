@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
@@ -20,7 +21,9 @@ OpenRun = Callable[[Ledger], LocalBuffer]
 
 
 @contextmanager
-def served(run_dir: Path, *, open_buffer: OpenRun, port: int = 0, **options: object) -> Iterator[str]:
+def served(
+    run_dir: Path, *, open_buffer: OpenRun, port: int = 0, max_wait_s: float = 60.0, **options: Any
+) -> Iterator[str]:
     """Serve the run of a directory; yields the service's URL.
 
     Args:
@@ -34,8 +37,9 @@ def served(run_dir: Path, *, open_buffer: OpenRun, port: int = 0, **options: obj
         loop = asyncio.get_running_loop()
         stop.set_result(lambda: loop.call_soon_threadsafe(asked.set))
         with Ledger(run_dir) as ledger:
-            run = ServedRun(buffer=open_buffer(ledger), ledger=ledger, **options)  # type: ignore[arg-type]
-            async with serving(create_app({RUN: run}, token=TOKEN), port=port) as address:
+            run = ServedRun(buffer=open_buffer(ledger), ledger=ledger, **options)
+            app = create_app({RUN: run}, token=TOKEN, max_wait_s=max_wait_s)
+            async with serving(app, port=port) as address:
                 url.set_result(address)
                 await asked.wait()
 
