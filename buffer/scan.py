@@ -66,10 +66,10 @@ def scan(path: Path, *, require_label: bool, copy: Path | None = None) -> Scan:
                 show(offset)
     if not places:
         raise no_rows(path)
-    places_N2 = np.array(places, dtype=np.uint64).reshape(-1, 2)
-    named_N3 = np.array(named, dtype=np.uint64).reshape(-1, 3)
-    _check_ids(path, named_N3, rows=copy or path, places=places_N2)
-    return _canonical(np.frombuffer(hashes, ">u8").reshape(-1, 2).astype(np.uint64), places_N2)
+    places_2N = np.ascontiguousarray(np.array(places, dtype=np.uint64).reshape(-1, 2).T)
+    hashes_2N = np.ascontiguousarray(np.frombuffer(hashes, dtype=">u8").reshape(-1, 2).T, dtype=np.uint64)
+    _check_ids(path, np.array(named, dtype=np.uint64).reshape(-1, 3), rows=copy or path, places_2N=places_2N)
+    return _canonical(hashes_2N, places_2N)
 
 
 def _identity(line: bytes, *, where: str, require_label: bool) -> Identity:
@@ -104,36 +104,34 @@ def _to_line(row: Row, *, where: str) -> bytes:
         raise not_json(error, where=where) from None
 
 
-def _check_ids(path: Path, named: UInt64, *, rows: Path, places: UInt64) -> None:
+def _check_ids(path: Path, named_N3: UInt64, *, rows: Path, places_2N: UInt64) -> None:
     """Refuse an ``id`` that stands twice.
 
     Args:
-        named: [num_named, 3]: hash of the id, its row counted from 0, and the number of its line.
-        rows: the file that `places` [num_rows, 2] are offsets and lengths in.
+        named_N3: for each row that has one: the id's hash, the row counted from 0, and the number of its line.
+        rows: the file that `places_2N` are offsets and lengths in.
     """
-    order = np.argsort(named[:, 0], kind="stable")
-    again = np.flatnonzero(named[order[1:], 0] == named[order[:-1], 0]) + 1
+    order = np.argsort(named_N3[:, 0], kind="stable")
+    again = np.flatnonzero(named_N3[order[1:], 0] == named_N3[order[:-1], 0]) + 1
     for k in again[np.argsort(order[again])]:
-        (_, first, first_number), (_, second, number) = (map(int, named[order[i]]) for i in (k - 1, k))
-        names = [parse_line(read_at(rows, *map(int, places[i])), where="")["id"] for i in (first, second)]
+        (_, first, first_number), (_, second, number) = (map(int, named_N3[order[i]]) for i in (k - 1, k))
+        names = [parse_line(read_at(rows, *map(int, places_2N[:, row])), where="")["id"] for row in (first, second)]
         if str(names[0]) == str(names[1]):  # else two ids that have the same hash
             raise repeated_id(names[1], where=line_of(path, number), first=line_of(path, first_number))
 
 
-def _canonical(hashes: UInt64, places: UInt64) -> Scan:
-    """Order the rows, and keep each problem once, at its first place.
-
-    Args:
-        hashes: [num_rows, 2], question and uid, in file order; `places` likewise.
-    """
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal rows the first in the file comes first
-    ordered = hashes[order]
+def _canonical(hashes_2N: UInt64, places_2N: UInt64) -> Scan:
+    """Order the rows by question and uid, and keep each problem once, at its first place in the file."""
+    questions, uids = hashes_2N
+    order = np.lexsort((uids, questions))  # stable: of equal rows the first in the file comes first
+    questions, uids = questions[order], uids[order]
     is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    is_first[1:] = (questions[1:] != questions[:-1]) | (uids[1:] != uids[:-1])
     rows = order[is_first]
+    offsets, lengths = places_2N
     columns = np.empty((5, len(rows)), dtype=np.uint64)
-    columns[[QUESTION, UID]] = ordered[is_first].T
-    columns[[OFFSET, LENGTH]] = places[rows].T
+    columns[QUESTION], columns[UID] = questions[is_first], uids[is_first]
+    columns[OFFSET], columns[LENGTH] = offsets[rows], lengths[rows]
     columns[IN_FILE_ORDER] = np.argsort(rows)
     return Scan(columns=columns, num_duplicates=len(order) - len(rows))
 

@@ -58,7 +58,7 @@ def load_split(data: DataConfig, *, num_eval: int | None = None) -> Split:
         num_duplicates=sum(index.num_duplicates for index in (*indices, *([apart] if apart else []))),
         num_leaked=sum(len(places) for places in leaked if places is not None),
     )
-    _check(split, data)
+    _check(split, data, num_held_out=sum(starts))
     return split
 
 
@@ -84,14 +84,14 @@ def _first(sources: Sequence[IndexedPrompts], *, num: int | None) -> tuple[Promp
     return tuple(source[position] for _, (source, position) in sorted(found.items(), key=lambda item: item[0])[:num])
 
 
-def _check(split: Split, data: DataConfig) -> None:
+def _check(split: Split, data: DataConfig, *, num_held_out: int) -> None:
     for source, prompts in zip(data.train, split.train, strict=True):
         if not prompts:
             raise DataError(
                 f"{source.path}: got no prompt to train on: every one is held out or is also in the evaluation set. "
                 "Add prompts, or lower data.held_out."
             )
-    if data.eval is None and data.held_out > 0 and not split.eval:
+    if data.eval is None and data.held_out > 0 and not num_held_out:
         raise DataError(
             f"{', '.join(str(source.path) for source in data.train)}: held out 0 of {sum(map(len, split.train))} "
             f"prompts, with data.held_out = {data.held_out}. "

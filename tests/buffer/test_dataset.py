@@ -295,9 +295,8 @@ def test_no_json_ends_in_anything_but_prompts_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
 ) -> None:
     """The same, past the parser: well-formed rows of every shape."""
-    path = write(
-        tmp_path_factory.getbasetemp(), b"".join(json.dumps(row).encode() + b"\n" for row in rows), "any.jsonl"
-    )
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    path = write(tmp_path_factory.mktemp("rows"), content)
     try:
         index = open_index(path, require_label=False)
     except DataError:

@@ -71,6 +71,7 @@ def test_only_as_many_prompts_are_read_for_evaluation_as_are_asked_for(tmp_path:
     every = load_split(DataConfig(train=path, held_out=0.5))
     first = load_split(DataConfig(train=path, held_out=0.5), num_eval=7)
     assert first.eval == every.eval[:7]
+    assert load_split(DataConfig(train=path, held_out=0.5), num_eval=0).eval == ()
     assert len(first.train[0]) == len(every.train[0]) == 300 - len(every.eval)
 
 
