@@ -93,6 +93,25 @@ def test_samples_of_a_group_differ_by_their_seeds_alone(parent: Parent) -> None:
     assert first.tokens != second.tokens
 
 
+def test_a_sample_that_is_continued_draws_what_it_would_have_drawn(parent: Parent) -> None:
+    """Pins that a stopped sample resumes its own draws: from their beginning, it would repeat the noise of its tokens.
+
+    Not bit for bit: a prompt and a decoded token are computed by other kernels, and a near tie may fall otherwise.
+    """
+
+    async def rest_of(url: str, whole: Completion, i: int) -> list[int]:
+        async with GenerationClient([url], token=TOKEN, timeout_s=120) as client:
+            tokens = [*prompt(i), *whole.tokens[:9]]
+            limit = len(whole.tokens) - 9
+            (rest,) = await client.generate(tokens, max_new_tokens=limit, temperature=1.0, seeds=[SEEDS[i]])
+            return [*whole.tokens[:9], *rest.tokens]
+
+    wholes = asyncio.run(generate(parent[1], concurrency=8))
+    long_ones = [(i, whole) for i, whole in enumerate(wholes) if len(whole.tokens) > 9]
+    same = [asyncio.run(rest_of(parent[1], whole, i)) == whole.tokens for i, whole in long_ones]
+    assert sum(same) > 0.7 * len(same)
+
+
 def test_the_engine_dies_with_its_killed_parent_and_leaves_nothing_behind(parent: Parent) -> None:
     """Pins that kill -9 of a run leaves no server holding memory, ports or shared memory. Runs last."""
     process, url, group, scratch = parent
