@@ -66,9 +66,9 @@ def scan(path: Path, *, require_label: bool, copy: Path | None = None) -> Scan:
                 show(offset)
     if not places:
         raise no_rows(path)
-    places_2N = np.ascontiguousarray(np.array(places, dtype=np.uint64).reshape(-1, 2).T)
+    places_2N = np.ascontiguousarray(np.frombuffer(places, dtype=np.uint64).reshape(-1, 2).T)
     hashes_2N = np.ascontiguousarray(np.frombuffer(hashes, dtype=">u8").reshape(-1, 2).T, dtype=np.uint64)
-    _check_ids(path, np.array(named, dtype=np.uint64).reshape(-1, 3), rows=copy or path, places_2N=places_2N)
+    _check_ids(path, np.frombuffer(named, dtype=np.uint64).reshape(-1, 3), rows=copy or path, places_2N=places_2N)
     return _canonical(hashes_2N, places_2N)
 
 
