@@ -21,9 +21,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from slime.errors import DataError, LedgerError, SlimeError, StorageError
+from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError
 from slime.types import Group, Sample
 
+REFUSALS = (LedgerError, BufferFull, Fenced, DataError)
+"""These alone, and none of their other subclasses: a StorageError may come from a transaction that reached the disk."""
 Said = Mapping[str, Any]
 """JSON values by name."""
 
@@ -77,17 +79,16 @@ class History:
 
     @contextmanager
     def operation(self, kind: str, **said: Any) -> Iterator[Call]:
-        """Record what happens inside as one call, and a typed refusal as its end.
+        """Record what happens inside as one call, and a refusal as its end.
 
         Anything else that is raised leaves the operation unknown.
         """
         call = self.begin(kind, **said)
         try:
             yield call
-        except StorageError:
-            raise  # its transaction may have reached the disk
-        except (LedgerError, DataError) as error:
-            call.refused(error)
+        except SlimeError as error:
+            if type(error) in REFUSALS:
+                call.refused(error)
             raise
 
     def end(self, number: int, what: str, **told: Any) -> None:

@@ -9,6 +9,8 @@ One task a connection and direction. With the service gone, a connection ends as
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from random import Random
 from types import TracebackType
 from typing import Self
@@ -30,6 +32,7 @@ class Proxy:
         self.num_dropped = 0
         self._rng = rng
         self._connections: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -39,9 +42,9 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()  # which ends what its task waits for
+        await asyncio.gather(*self._connections)
 
     @property
     def url(self) -> str:
@@ -52,30 +55,38 @@ class Proxy:
         assert task is not None
         self._connections.add(task)
         try:
-            await self._forward(reader, writer)
-        except OSError:
-            pass  # either side is gone
+            with self._open(writer), suppress(OSError):  # when either side is gone
+                await self._forward(reader, writer)
+        finally:
+            self._connections.discard(task)
+
+    @contextmanager
+    def _open(self, writer: asyncio.StreamWriter) -> Iterator[None]:
+        self._writers.add(writer)
+        try:
+            yield
         finally:
             writer.transport.abort()
-            self._connections.discard(task)
+            self._writers.discard(writer)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.upstream is None:
             return
         service_reader, service_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
-        requests = asyncio.create_task(self._requests(reader, service_writer))
-        try:
-            await self._replies(service_reader, writer)
-        finally:
-            requests.cancel()
-            await asyncio.gather(requests, return_exceptions=True)
-            service_writer.transport.abort()
+        with self._open(service_writer):
+            requests = asyncio.create_task(self._requests(reader, service_writer))
+            try:
+                await self._replies(service_reader, writer)
+            finally:
+                requests.cancel()
+                await asyncio.wait({requests})
 
     async def _requests(self, reader: asyncio.StreamReader, service: asyncio.StreamWriter) -> None:
-        while chunk := await reader.read(_CHUNK_BYTES):
-            service.write(chunk)
-            await service.drain()
-        service.write_eof()
+        with suppress(OSError):
+            while chunk := await reader.read(_CHUNK_BYTES):
+                service.write(chunk)
+                await service.drain()
+            service.write_eof()
 
     async def _replies(self, service: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await service.read(_CHUNK_BYTES):
