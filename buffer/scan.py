@@ -7,6 +7,7 @@ questions that are held out are then its beginning, whatever the share.
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,15 +140,15 @@ def _canonical(hashes_2N: UInt64, places_2N: UInt64) -> Scan:
 @contextmanager
 def _progress(path: Path) -> Iterator[Callable[[int], None]]:
     """Show on a terminal how far a long file is read; the function given takes an offset in it."""
-    from rich.console import Console
+    num_bytes = path.stat().st_size
+    if num_bytes < _LONG_BYTES or not sys.stderr.isatty():
+        yield lambda offset: None
+        return
+    from rich.console import Console  # here, because most files are short
     from rich.markup import escape
     from rich.progress import Progress
 
-    num_bytes, console = path.stat().st_size, Console(stderr=True)
-    if num_bytes < _LONG_BYTES or not console.is_terminal:
-        yield lambda offset: None
-        return
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         total = None if path.suffix == ".parquet" else num_bytes
         task = progress.add_task(f"indexing {escape(path.name)}", total=total)
         yield lambda offset: progress.update(task, completed=offset)
