@@ -1,6 +1,6 @@
 """The clients of a chaos run: rollout workers, pushers and consumers that misbehave at random, and write it all down.
 
-    worker:    admit ─▶ (dies) │ drop │ requeue │ put, sometimes twice
+    worker:    admit, sometimes twice ─▶ (dies) │ drop │ requeue │ put, sometimes twice
     pusher:    push one group or a few, again until it is known what became of them
     consumer:  consume ─▶ published ─▶ [take ─▶ commit ─▶ published] × n ─▶ dies between take and commit
                   └─ meanwhile, or afterwards, the one that died says its last words
@@ -102,9 +102,10 @@ async def roll_out(fleet: Fleet) -> None:
 
 async def _roll_out_one(fleet: Fleet) -> None:
     request = fleet.name("admit")
-    with fleet.history.operation("admit", request=request) as call:
-        lease = await fleet.buffer.admit(request=request)
-        call.ok(ordinal=lease.ordinal, attempt=lease.attempt)
+    for _ in range(1 + fleet.chance(0.1)):
+        with fleet.history.operation("admit", request=request) as call:
+            lease = await fleet.buffer.admit(request=request)
+            call.ok(ordinal=lease.ordinal, attempt=lease.attempt)
     said = {"ordinal": lease.ordinal, "attempt": lease.attempt}
     match fleet.rng.choices(("die", "drop", "requeue", "put"), (3, 5, 5, 87))[0]:
         case "die":

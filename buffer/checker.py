@@ -77,7 +77,7 @@ def check_history(
     return [
         *([] if audit.holds else [f"audit: {line}" for line in str(audit).splitlines()]),
         *_pushes(history, books),
-        *_leases(history),
+        *_leases(history, books),
         *_reports(history, books),
         *_samples(history, books),
         *_consumers(history),
@@ -170,18 +170,23 @@ def _pushes(history: _History, books: _Books) -> Iterator[str]:
             yield f"prompt {uid}: pushed by {len(asked.get(uid, ()))} requests, and on record {count} times"
 
 
-def _leases(history: _History) -> Iterator[str]:
-    """One request gets one lease, however often it is sent; one lease goes to one request."""
+def _leases(history: _History, books: _Books) -> Iterator[str]:
+    """One request gets one lease, however often it is sent, until that is given back; one lease goes to one request."""
     holders: defaultdict[tuple[object, ...], set[object]] = defaultdict(set)
     for request, calls in history.by("admit", "request").items():
         answers = _answers(calls, "ordinal", "attempt")
-        if len(answers) > 1:
+        if sum(not _given_back(lease, books) for lease in answers) > 1:
             yield f"admit {request}: answered with {sorted(answers, key=str)}"
         for lease in answers:
             holders[lease].add(request)
     for lease, requests in holders.items():
         if len(requests) > 1:
             yield f"instance {lease[0]}, attempt {lease[1]}: leased to {sorted(requests, key=str)}"
+
+
+def _given_back(lease: tuple[object, ...], books: _Books) -> bool:
+    ordinal, attempt = lease
+    return isinstance(attempt, int) and (ordinal, attempt + 1, schema.REQUEUED, "") in books.events
 
 
 def _reports(history: _History, books: _Books) -> Iterator[str]:
