@@ -6,9 +6,10 @@ Arrays of tokens that a program reads travel as bytes instead: `buffer.payload`,
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from buffer import frames
 from buffer.ledger import Instance
@@ -23,12 +24,32 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _all_whole(values: object) -> object:
+    if isinstance(values, list) and float in set(map(type, values)):  # quick for what is as it should be
+        return [_whole(value) for value in values]
+    return values
+
+
+def _finite(value: Any) -> Any:
+    """Refuses 1e400, which JSON allows and no float holds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is too large")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(part)
+    return value
+
+
 WHOLE = BeforeValidator(_whole)
 """To JSON Schema 1.0 is an integer, but true and "1" are none."""
+ALL_WHOLE = BeforeValidator(_all_whole)
+"""The same for long lists."""
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 Ordinal = Annotated[int, Field(ge=0, lt=2**53), WHOLE]
 Count = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Step = Annotated[int, Field(ge=1, lt=2**31), WHOLE]
 Incarnation = Annotated[int, Field(ge=1, lt=2**53), WHOLE]
+Json = Annotated[Any, AfterValidator(_finite)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
 WaitS = Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
 RequestName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
@@ -170,7 +191,8 @@ class MessageBody(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Text | Annotated[list[dict[str, Any]], Field(max_length=256)] | None
+    content: Text | Annotated[list[JsonObject], Field(max_length=256)] | None
+    __pydantic_extra__: dict[str, Json] = Field(init=False)
 
     def as_dict(self) -> dict[str, Any]:
         """As templates want it."""
@@ -182,9 +204,9 @@ class PushedPrompt(Body):
 
     messages: Annotated[list[MessageBody], Field(max_length=4096)] = []
     text: Text = ""
-    label: Any = None
+    label: Json = None
     tags: Annotated[list[Tag], Field(max_length=64)] = []
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
 
 
 class PushedSample(Body):
@@ -192,9 +214,9 @@ class PushedSample(Body):
 
     messages: Annotated[list[MessageBody], Field(max_length=4096)] = []
     """What follows the prompt; the assistant's messages are trained. Needs a prompt of messages."""
-    tokens: Annotated[list[Count], Field(max_length=2**22)] = []
+    tokens: Annotated[list[Token], Field(max_length=2**22), ALL_WHOLE] = []
     """Prompt and response."""
-    loss_mask: Annotated[list[Annotated[int, Field(ge=0, le=1), WHOLE]], Field(max_length=2**22)] = []
+    loss_mask: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(max_length=2**22), ALL_WHOLE] = []
     """1 for every token that the policy sampled."""
     logprobs: Annotated[list[Annotated[float, Field(le=1e-3)]], Field(max_length=2**22)] | None = None
     """Natural log-probability of every sampled token, anything where the mask is 0; null when the engine told none."""
@@ -206,7 +228,7 @@ class PushedSample(Body):
     """The token limit ended it."""
     response: Text = ""
     """The sampled text, for people."""
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
 
 
 class PushBody(Body):
@@ -228,7 +250,7 @@ class CommitBody(Body):
 
     step: Count
     checkpoint: CheckpointName
-    state: dict[str, Any]
+    state: JsonObject
 
 
 class ConsumerBody(Body):

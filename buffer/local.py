@@ -229,11 +229,14 @@ class LocalBuffer:
         """
         return self._hand_in(results, summarise=lambda result: inspect(result.payload))
 
-    async def push(self, groups: Sequence[tuple[str, bytes]]) -> list[int | SlimeError]:
+    async def push(
+        self, groups: Sequence[tuple[str, bytes]], *, summarise: Callable[[bytes], Summary] = inspect
+    ) -> list[int | SlimeError]:
         """Take in graded groups that nobody was leased: rolled out elsewhere, of any prompt. Each is trained once.
 
         Args:
             groups: ``(request, payload)`` each. Sent again under the same request's name a group changes nothing.
+            summarise: checks a payload and summarises it; for a caller that has encoded it there is nothing to check.
 
         Returns:
             One answer a group: the ordinal of its instance, or why it was not taken in: DataError when it is no group,
@@ -250,7 +253,7 @@ class LocalBuffer:
                 answers[request] = known.ordinal
                 continue
             try:
-                accepted[request] = self._check_push(request, payload, coming=coming)
+                accepted[request] = self._check_push(request, payload, summarise(payload), coming=coming)
                 coming[accepted[request].versions.oldest] += 1
             except (DataError, LedgerError) as refused:
                 answers[request] = refused
@@ -593,8 +596,7 @@ class LocalBuffer:
                 "group built for this lease, or drop the lease."
             )
 
-    def _check_push(self, request: str, payload: bytes, *, coming: Counter[int]) -> Pushed:
-        summary = inspect(payload)
+    def _check_push(self, request: str, payload: bytes, summary: Summary, *, coming: Counter[int]) -> Pushed:
         versions = self._versions(summary)
         if self._policy.staleness(versions) > self._policy.max_staleness:
             raise LedgerError(

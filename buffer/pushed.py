@@ -1,4 +1,4 @@
-"""Groups that come as JSON: checked, made of tokens, and encoded as every other group."""
+"""Groups that come as JSON: checked, and made of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from buffer.bodies import PushBody, PushedPrompt, PushedSample
 from buffer.dataset import prompt_uid
-from buffer.payload import encode
 from slime.errors import DataError
 from slime.types import Group, Message, Prompt, Sample, Score, Status
 
@@ -19,15 +18,15 @@ Raises DataError for messages that the model's template cannot render.
 """
 
 
-def encode_pushed(body: PushBody, *, render: Render | None) -> bytes:
-    """The bytes of a pushed group. The prompt's uid is the hash of its content, as for prompts from files.
+def pushed_group(body: PushBody, *, render: Render | None) -> Group:
+    """The group of a body. The prompt's uid is the hash of its content, as for prompts from files.
 
     Raises:
         DataError: arrays that do not belong together, or messages that cannot be rendered.
     """
     prompt = _prompt(body.prompt)
     samples = [_sample(sample, prompt, index=i, render=render) for i, sample in enumerate(body.samples)]
-    return encode(Group(prompt=prompt, ordinal=0, epoch=0, attempt=0, samples=samples))
+    return Group(prompt=prompt, ordinal=0, epoch=0, attempt=0, samples=samples)
 
 
 def _prompt(body: PushedPrompt) -> Prompt:

@@ -19,9 +19,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,7 +30,7 @@ from buffer.bodies import Ordinal, Reason
 from buffer.leases import LeaseTimer
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer, Result
-from buffer.pushed import Render, encode_pushed
+from buffer.pushed import Render, pushed_group
 from buffer.refusals import RESPONSES, answer, answer_errors, refusal
 from slime.errors import ConfigError, LedgerError, SlimeError, StopRun
 
@@ -182,12 +181,28 @@ def create_app(
     app.state.runs = {name: _open(run, app.state.polls) for name, run in runs.items()}
     answer_errors(app)
     app.include_router(_router)
+    _describe_token(app)
 
     @app.get("/health", responses={422: RESPONSES[422]})
     async def health() -> bodies.Health:
         return bodies.Health()
 
     return app
+
+
+def _describe_token(app: FastAPI) -> None:
+    """Say in OpenAPI what `TokenGate` does."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = describe()
+        schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for operation in operations.values() if path not in OPEN_PATHS else ():
+                operation["security"] = [{"token": []}]
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
 def close_app(app: FastAPI) -> None:
@@ -222,7 +237,6 @@ _router = APIRouter(
     prefix="/runs/{run}",
     route_class=StrictRoute,
     responses=RESPONSES,
-    dependencies=[Security(HTTPBearer(auto_error=False))],
 )
 
 
@@ -235,30 +249,18 @@ def _takes(media_type: str, *, required: bool = True) -> dict[str, Any]:
 _NOTHING: dict[int | str, dict[str, Any]] = {204: {"description": "Nothing came in time: ask again."}}
 
 
-@_router.post("/admit", responses=_NOTHING)
-async def admit(request: Request, served: Served, body: bodies.AdmitBody) -> bodies.LeaseBody:
-    """Lease the next prompt instance, as soon as the staleness bound allows one more group."""
-    lease = await served.polls.wait(request, served.buffer.admit(request=f"admit:{body.request}"), wait_s=body.wait_s)
-    if lease is None:
-        return Response(status_code=204)  # type: ignore[return-value]  # FastAPI passes responses through
-    if served.leases:
-        served.leases.grant(lease)
-    return bodies.lease_body(lease, lease_s=served.run.lease_s)
-
-
-@_router.get("/partial", response_class=Response, responses={200: {"content": {payload.CONTENT_TYPE: {}}}})
-async def partial(served: Served, ordinal: OrdinalQuery, attempt: AttemptQuery) -> Response:
-    """The samples that a lease begins with."""
-    lease = served.buffer.leased(bodies.AttemptBody(ordinal=ordinal, attempt=attempt))
-    if lease is None or lease.partial is None:
-        raise HTTPException(404, f"no lease of instance {ordinal}, attempt {attempt}, with samples is out.")
-    return Response(payload.encode(lease.partial), media_type=payload.CONTENT_TYPE)
-
-
-@_router.post("/generated")
-async def generated(served: Served, body: bodies.AttemptBody) -> bodies.RecordedBody:
-    """All samples of a lease are there, and go to be graded. Optional."""
-    return bodies.RecordedBody(recorded=await served.buffer.generated(body))
+@_router.post("/push")
+async def push(served: Served, body: bodies.PushBody) -> bodies.PushedBody:
+    """Hand in a graded group of any prompt that nobody was leased, rolled out elsewhere, as tokens or as messages."""
+    if any(sample.messages for sample in body.samples):  # a tokenizer takes its time
+        group = await asyncio.to_thread(pushed_group, body, render=served.run.render)
+    else:
+        group = pushed_group(body, render=None)
+    pushed = (f"push:{body.request}", payload.encode(group))
+    (ordinal,) = await served.buffer.push([pushed], summarise=lambda _: payload.summarise(group))
+    if isinstance(ordinal, SlimeError):
+        raise ordinal
+    return bodies.PushedBody(ordinal=ordinal)
 
 
 @_router.post("/put", openapi_extra=_takes(payload.CONTENT_TYPE))
@@ -275,6 +277,44 @@ async def put(
     if isinstance(recorded, SlimeError):
         raise recorded
     return bodies.RecordedBody(recorded=recorded)
+
+
+@_router.post("/admit", responses=_NOTHING)
+async def admit(request: Request, served: Served, body: bodies.AdmitBody) -> bodies.LeaseBody:
+    """Lease the next prompt instance, as soon as the staleness bound allows one more group."""
+    lease = await served.polls.wait(request, served.buffer.admit(request=f"admit:{body.request}"), wait_s=body.wait_s)
+    if lease is None:
+        return Response(status_code=204)  # type: ignore[return-value]  # FastAPI passes responses through
+    if served.leases:
+        served.leases.grant(lease)
+    return bodies.lease_body(lease, lease_s=served.run.lease_s)
+
+
+@_router.post("/take", response_class=Response, responses={**_NOTHING, 200: {"content": {frames.MEDIA_TYPE: {}}}})
+async def take(request: Request, served: Served, body: bodies.TakeBody) -> Response:
+    """The groups of a training step, as soon as there are enough. The same ones when asked again."""
+    served.buffer.check_consumer(body.consumer)
+    work = served.buffer.take_payloads(body.num_groups, step=body.step, consumer=body.consumer)
+    taken = await served.polls.wait(request, work, wait_s=body.wait_s)
+    if taken is None:
+        return Response(status_code=204)
+    groups = [
+        (bodies.TakenEntry(ordinal=group.ordinal, attempt=group.attempt, epoch=group.epoch), group.payload)
+        for group in taken
+    ]
+    return Response(frames.pack(groups), media_type=frames.MEDIA_TYPE)
+
+
+@_router.post("/push_batch", openapi_extra=_takes(frames.MEDIA_TYPE))
+async def push_batch(request: Request, served: Served) -> bodies.AnswersBody:
+    """`push`, of many groups as bytes, in one transaction. An answer for each."""
+    groups = frames.unpack(await request.body(), _PUSHES)
+    return bodies.AnswersBody(
+        answers=[
+            bodies.Answer(error=refusal(ordinal)) if isinstance(ordinal, SlimeError) else bodies.Answer(ordinal=ordinal)
+            for ordinal in await served.buffer.push([(f"push:{entry.request}", group) for entry, group in groups])
+        ]
+    )
 
 
 @_router.post("/put_batch", openapi_extra=_takes(frames.MEDIA_TYPE))
@@ -294,29 +334,17 @@ async def put_batch(request: Request, served: Served) -> bodies.AnswersBody:
     )
 
 
-@_router.post("/push")
-async def push(served: Served, body: bodies.PushBody) -> bodies.PushedBody:
-    """Hand in a graded group of any prompt that nobody was leased, rolled out elsewhere, as tokens or as messages."""
-    if any(sample.messages for sample in body.samples):  # a tokenizer takes its time
-        group = await asyncio.to_thread(encode_pushed, body, render=served.run.render)
-    else:
-        group = encode_pushed(body, render=None)
-    (ordinal,) = await served.buffer.push([(f"push:{body.request}", group)])
-    if isinstance(ordinal, SlimeError):
-        raise ordinal
-    return bodies.PushedBody(ordinal=ordinal)
+@_router.post("/renew")
+async def renew(served: Served, body: bodies.RenewBody) -> bodies.RenewedBody:
+    """Keep leases for another `lease_s`."""
+    known = served.leases.renew if served.leases else lambda lease: served.buffer.leased(lease) is not None
+    return bodies.RenewedBody(renewed=[known(lease) for lease in body.leases])
 
 
-@_router.post("/push_batch", openapi_extra=_takes(frames.MEDIA_TYPE))
-async def push_batch(request: Request, served: Served) -> bodies.AnswersBody:
-    """`push`, of many groups as bytes, in one transaction. An answer for each."""
-    groups = frames.unpack(await request.body(), _PUSHES)
-    return bodies.AnswersBody(
-        answers=[
-            bodies.Answer(error=refusal(ordinal)) if isinstance(ordinal, SlimeError) else bodies.Answer(ordinal=ordinal)
-            for ordinal in await served.buffer.push([(f"push:{entry.request}", group) for entry, group in groups])
-        ]
-    )
+@_router.post("/generated")
+async def generated(served: Served, body: bodies.AttemptBody) -> bodies.RecordedBody:
+    """All samples of a lease are there, and go to be graded. Optional."""
+    return bodies.RecordedBody(recorded=await served.buffer.generated(body))
 
 
 @_router.post("/drop")
@@ -339,44 +367,13 @@ async def requeue(
     return bodies.RecordedBody(recorded=await served.buffer.requeue_payload(lease, reason=reason, partial=partial))
 
 
-@_router.post("/renew")
-async def renew(served: Served, body: bodies.RenewBody) -> bodies.RenewedBody:
-    """Keep leases for another `lease_s`."""
-    known = served.leases.renew if served.leases else lambda lease: served.buffer.leased(lease) is not None
-    return bodies.RenewedBody(renewed=[known(lease) for lease in body.leases])
-
-
-@_router.put("/consumer")
-async def consume(served: Served) -> bodies.ConsumerBody:
-    """Train this run from its last commit on, in place of whoever did before."""
-    if not served.run.takes_consumers:
-        raise LedgerError("the process that serves this run trains it. Push to it, or serve the run stand-alone.")
-    consumer = served.buffer.consume()
-    last = served.run.ledger.last_commit()
-    commit = bodies.CommitBody.model_construct(**asdict(last)) if last else None
-    return bodies.ConsumerBody.model_construct(consumer=consumer, last_commit=commit)
-
-
-@_router.post("/take", response_class=Response, responses={**_NOTHING, 200: {"content": {frames.MEDIA_TYPE: {}}}})
-async def take(request: Request, served: Served, body: bodies.TakeBody) -> Response:
-    """The groups of a training step, as soon as there are enough. The same ones when asked again."""
-    served.buffer.check_consumer(body.consumer)
-    work = served.buffer.take_payloads(body.num_groups, step=body.step, consumer=body.consumer)
-    taken = await served.polls.wait(request, work, wait_s=body.wait_s)
-    if taken is None:
-        return Response(status_code=204)
-    groups = [
-        (bodies.TakenEntry(ordinal=group.ordinal, attempt=group.attempt, epoch=group.epoch), group.payload)
-        for group in taken
-    ]
-    return Response(frames.pack(groups), media_type=frames.MEDIA_TYPE)
-
-
-@_router.post("/release")
-async def release(served: Served, body: bodies.ConsumerWord) -> bodies.ReleasedBody:
-    """Give back every group that is taken and not committed."""
-    served.buffer.check_consumer(body.consumer)
-    return bodies.ReleasedBody(num_released=served.buffer.release())
+@_router.get("/partial", response_class=Response, responses={200: {"content": {payload.CONTENT_TYPE: {}}}})
+async def partial(served: Served, ordinal: OrdinalQuery, attempt: AttemptQuery) -> Response:
+    """The samples that a lease begins with."""
+    lease = served.buffer.leased(bodies.AttemptBody(ordinal=ordinal, attempt=attempt))
+    if lease is None or lease.partial is None:
+        raise HTTPException(404, f"no lease of instance {ordinal}, attempt {attempt}, with samples is out.")
+    return Response(payload.encode(lease.partial), media_type=payload.CONTENT_TYPE)
 
 
 @_router.post("/published", status_code=204)
@@ -391,6 +388,24 @@ async def commit(served: Served, body: bodies.CommitWord) -> None:
     """Everything taken up to this step is trained, and its checkpoint, which is on disk, is the current one."""
     served.buffer.check_consumer(body.consumer)
     await served.buffer.commit(body.step, checkpoint=body.checkpoint, state=body.state)
+
+
+@_router.post("/release")
+async def release(served: Served, body: bodies.ConsumerWord) -> bodies.ReleasedBody:
+    """Give back every group that is taken and not committed."""
+    served.buffer.check_consumer(body.consumer)
+    return bodies.ReleasedBody(num_released=served.buffer.release())
+
+
+@_router.put("/consumer")
+async def consume(served: Served) -> bodies.ConsumerBody:
+    """Train this run from its last commit on, in place of whoever did before."""
+    if not served.run.takes_consumers:
+        raise LedgerError("the process that serves this run trains it. Push to it, or serve the run stand-alone.")
+    consumer = served.buffer.consume()
+    last = served.run.ledger.last_commit()
+    commit = bodies.CommitBody.model_construct(**asdict(last)) if last else None
+    return bodies.ConsumerBody.model_construct(consumer=consumer, last_commit=commit)
 
 
 @_router.get("/stats")
