@@ -104,8 +104,9 @@ class Training:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for left in (self.scratch, staging_directory(self.run_dir)):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.process.returncode not in (0, 1):  # one that was refused leaves another's weights alone
+            shutil.rmtree(staging_directory(self.run_dir), ignore_errors=True)
 
     def wait(self) -> int:
         """Its exit status."""
