@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from fastapi import FastAPI
+
 from buffer.chaos_clients import GROUPS_PER_STEP, LEASE_S, MAX_STALENESS, Fleet, consume, push, roll_out
 from buffer.checker import check_history
 from buffer.client import HttpBuffer
@@ -27,11 +29,12 @@ from buffer.local import LocalBuffer
 from buffer.order import PromptOrder
 from buffer.policy import Policy
 from buffer.proxy import Proxy
-from buffer.service import ServedRun
-from buffer.service_process import RUN, ServiceProcess
+from buffer.service import ServedRun, create_app
+from buffer.service_process import ServiceProcess
 from slime.errors import SlimeError
 from slime.types import Prompt
 
+RUN = "run"
 NUM_PROMPTS = 50
 NUM_WORKERS = 4
 NUM_PUSHERS = 2
@@ -72,13 +75,13 @@ class ChaosReport:
         )
 
 
-def open_run(directory: Path) -> ServedRun:
-    """The run that is served: few prompts, small steps, short leases."""
+def make_app(directory: Path, *, token: str) -> FastAPI:
+    """The service: a run of few prompts, small steps and short leases."""
     ledger = Ledger(directory)
     prompts = PromptOrder([Prompt(uid=f"{i:016x}", text=f"{i} + 1 =") for i in range(NUM_PROMPTS)], seed=0)
     policy = Policy(groups_per_step=GROUPS_PER_STEP, num_steps=1_000_000, max_staleness=MAX_STALENESS)
     buffer = LocalBuffer(ledger, prompts, policy, recover=False, max_drops_in_a_row=1_000_000)
-    return ServedRun(buffer=buffer, ledger=ledger, lease_s=LEASE_S)
+    return create_app({RUN: ServedRun(buffer=buffer, ledger=ledger, lease_s=LEASE_S)}, token=token)
 
 
 async def run_chaos(
@@ -93,7 +96,7 @@ async def run_chaos(
         SlimeError: the service did not start, failed with a traceback, or nothing was committed after the last kill.
     """
     rng, token = Random(seed), secrets.token_hex(16)
-    start = partial(ServiceProcess, partial(open_run, directory), token=token, log=directory / "service.log")
+    start = partial(ServiceProcess, partial(make_app, directory, token=token), log=directory / "service.log")
     with History(directory / "history.jsonl") as history:
         async with Proxy(rng=rng, drop_rate=DROP_RATE) as proxy:
             connect = partial(HttpBuffer, proxy.url, run=RUN, token=token, patience_s=PATIENCE_S)

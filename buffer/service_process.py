@@ -1,4 +1,4 @@
-"""A buffer service in a process of its own, which can be killed at any moment and is up again within a tenth of a
+"""A service in a process of its own, which can be killed at any moment and is up again within a tenth of a
 second.
 
     caller ── multiprocessing's fork server, which has imported everything ─▶ service
@@ -15,30 +15,29 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
+from fastapi import FastAPI
+
 from buffer.serve import serving
-from buffer.service import ServedRun, create_app
 from slime.errors import SlimeError
 
-RUN = "run"
-"""The name of the one run that is served."""
 START_TIMEOUT_S = 60.0
 
 _context = get_context("forkserver")
 
 
 class ServiceProcess:
-    """Serves what `open_run` opens, as run `RUN`, from construction to `kill`.
+    """Serves an app from construction to `kill`.
 
     Args:
-        open_run: called in the process; a function of a module, or a `functools.partial` of one.
+        make_app: called in the process; a function of a module, or a `functools.partial` of one.
         log: where its output is appended.
     """
 
-    def __init__(self, open_run: Callable[[], ServedRun], *, token: str, log: Path) -> None:
-        _context.set_forkserver_preload([__name__])  # imports cost a second, a fork some milliseconds
+    def __init__(self, make_app: Callable[[], FastAPI], *, log: Path) -> None:
+        _context.set_forkserver_preload([__name__, "buffer.service"])  # imports cost a second, a fork some milliseconds
         self._log = log
         self._receiver, sender = _context.Pipe(duplex=False)
-        self._process = _context.Process(target=_serve, args=(open_run, token, str(log), sender), daemon=True)
+        self._process = _context.Process(target=_serve, args=(make_app, str(log), sender), daemon=True)
         self._process.start()
         sender.close()
 
@@ -73,12 +72,12 @@ class ServiceProcess:
         self._receiver.close()
 
 
-def _serve(open_run: Callable[[], ServedRun], token: str, log: str, sender: Connection) -> None:
+def _serve(make_app: Callable[[], FastAPI], log: str, sender: Connection) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    asyncio.run(_serve_for_ever(open_run, token=token, sender=sender))
+    asyncio.run(_serve_for_ever(make_app, sender=sender))
 
 
 def _end_with_parent() -> None:
@@ -88,7 +87,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-async def _serve_for_ever(open_run: Callable[[], ServedRun], *, token: str, sender: Connection) -> None:
-    async with serving(create_app({RUN: open_run()}, token=token)) as url:
+async def _serve_for_ever(make_app: Callable[[], FastAPI], *, sender: Connection) -> None:
+    async with serving(make_app()) as url:
         sender.send(int(url.rsplit(":", 1)[1]))
         await asyncio.Event().wait()

@@ -165,7 +165,7 @@ LIES: dict[str, tuple[str, int, Callable[[Line, Line], None], str]] = {
     "a push is answered with another instance": ("push", 0, lambda said, end: end.update(ordinal=77), "instance .77."),
     "a refused push is there": ("push", 3, refused, "push push 4: refused, and on record"),
     "a push nobody made": ("push", 3, lambda said, end: said.update(uid="other"), "pushed by 0 requests"),
-    "one request has two leases": ("admit", 2, lambda said, end: said.update(request="admit 0"), "admit 0: answered with"),
+    "one request has two leases": ("admit", 2, lambda said, end: said.update(request="admit 0"), "admit 0: answ"),
     "one lease goes to two requests": ("admit", 1, lambda said, end: end.update(attempt=0), "attempt 0: leased to"),
     "an acknowledged put is lost": ("put", 0, lambda said, end: said.update(ordinal=70), "put of instance 70"),
     "an acknowledged drop is lost": ("drop", 0, lambda said, end: said.update(attempt=7), "drop of instance"),
