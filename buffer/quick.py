@@ -17,8 +17,7 @@ Identity = tuple[bytes, bytes, str | None]
 """``(uid, question, id)``: 8 bytes of BLAKE2b over what is asked and its label, 8 over what is asked, the row's id."""
 
 _KEYS = frozenset(("messages", "text", "label", "tags", "metadata", "id"))
-_KEY = re.compile(rb'(?<!\\)"[ \t\r\n]*:')
-"""The end of a key. Of a string only, if an even number of backslashes precedes its quote."""
+_KEY = re.compile(rb'"[ \t\r\n]*:')
 _MAX_DEPTH = 8
 _PLAIN = (str, int, bool)
 """Values that orjson writes as `json.dumps` does. Floats are not among them: 1e16 and 1e+16."""
@@ -38,8 +37,8 @@ def quick_identity(line: bytes, *, require_label: bool) -> Identity | None:
     asked = _asked(row)
     if asked is None or not _is_labelled_plainly(label) or not _has_valid_extras(row):
         return None
-    if rb'\\"' in line or len(_KEY.findall(line)) != _num_keys(row, depth=0):
-        return None  # a key twice, of which orjson keeps the last
+    if rb'\\"' in line or len(_KEY.findall(line.replace(rb"\"", b""))) != _num_keys(row, depth=0):
+        return None  # a key twice, of which orjson keeps the last; or a quote that may or may not end a string
     uid = _digest(asked, label)
     return uid, uid if label is None else _digest(asked, None), str(row["id"]) if "id" in row else None
 
