@@ -100,16 +100,19 @@ class Commit:
 class Ledger:
     """Opens ``ledger.sqlite`` in the run directory, or creates it.
 
+    Args:
+        lock_timeout_s: how long to wait for a process that has locked the file, such as a backup.
+
     Raises:
         LedgerError: from every method: the file cannot be read or written (a full disk), or the move is illegal.
             What was recorded before stands, and the failed call has changed nothing.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, lock_timeout_s: float = 30.0) -> None:
         self._path = run_dir / "ledger.sqlite"
         run_dir.mkdir(parents=True, exist_ok=True)
         with self._reporting():
-            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=30.0)
+            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=lock_timeout_s)
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 schema.create(self._db)

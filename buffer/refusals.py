@@ -30,6 +30,7 @@ MAX_MESSAGE = 1000
 DESCRIPTIONS = {
     401: "No token, or not this service's.",
     404: "No such run, path or samples.",
+    408: "The body does not come.",
     409: "The ledger refuses the move, or another consumer has taken over (`Fenced`).",
     413: "The body is too large.",
     422: "The body or a parameter is not what this document says.",

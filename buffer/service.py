@@ -35,6 +35,7 @@ from buffer.refusals import RESPONSES, answer, answer_errors, refusal
 from slime.errors import ConfigError, LedgerError, SlimeError, StopRun
 
 MAX_BODY_BYTES = 64 * 2**20
+BODY_TIMEOUT_S = 60.0
 RUN_NAME = r"^[A-Za-z0-9._-]{1,64}$"
 OPEN_PATHS = frozenset({"/health", "/openapi.json"})
 """Told without a token."""
@@ -99,7 +100,29 @@ class ServedRun:
 
 
 class StrictRequest(Request):
-    """JSON as the standard has it, of limited depth."""
+    """A body that comes in time and stays within its limit; JSON as the standard has it, of limited depth."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    self._body = await self._read(limit=self.app.state.max_body_bytes)
+            except TimeoutError:
+                raise HTTPException(408, f"the body took more than {BODY_TIMEOUT_S:g} s. Send it again.") from None
+        return self._body
+
+    async def _read(self, *, limit: int) -> bytes:
+        chunks, size = [], int(self.headers.get("content-length", "0"))
+        if size <= limit:
+            size = 0
+            async for chunk in self.stream():
+                size += len(chunk)
+                chunks.append(chunk)
+                if size > limit:
+                    break
+        if size > limit:
+            raise HTTPException(413, f"got a body of more than {limit} bytes. Send fewer groups at a time.")
+        return b"".join(chunks)
 
     async def json(self) -> Any:
         try:
@@ -175,8 +198,9 @@ def create_app(
             raise ConfigError(f"got the run name {name!r}. Use up to 64 letters, digits, '.', '_' and '-'.")
     if len(token) < 16 or not token.isascii():
         raise ConfigError("got a token of fewer than 16 ASCII characters. Let `slime buffer serve` make one.")
-    app = FastAPI(title="slime buffer", version="1", docs_url=None, redoc_url=None, max_body_size=max_body_bytes)
+    app = FastAPI(title="slime buffer", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(TokenGate, token=token)
+    app.state.max_body_bytes = max_body_bytes
     app.state.polls = Polls(max_wait_s=max_wait_s)
     app.state.runs = {name: _open(run, app.state.polls) for name, run in runs.items()}
     answer_errors(app)

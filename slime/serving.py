@@ -25,6 +25,8 @@ from slime.types import Message
 
 TOKEN_FILE = "buffer.token"
 """In the run directory, unless told otherwise."""
+LOCK_TIMEOUT_S = 2.0
+"""While the ledger waits, the service answers nobody; its clients can wait better."""
 
 
 def serve_run(
@@ -44,7 +46,7 @@ def serve_run(
     order = _order(config)
     token_file = token_file or config.run_dir / TOKEN_FILE
     name = config.run_dir.resolve().name
-    with RunLock(config.run_dir), Ledger(config.run_dir) as ledger:
+    with RunLock(config.run_dir), Ledger(config.run_dir, lock_timeout_s=LOCK_TIMEOUT_S) as ledger:
         save_config(config)
         token = read_or_make_token(token_file)
 
