@@ -118,7 +118,7 @@ class Ledger:
                 schema.create(self._db)
             schema.check(self._db, self._path)
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._depth = 0
+            self._depth, self._durable = 0, False
             self._number()
 
     def _number(self) -> None:
@@ -290,6 +290,14 @@ class Ledger:
                 if partial is not None:
                     self._db.execute("INSERT INTO payloads VALUES (?, ?)", (ordinal, partial))
             return requeued
+
+    def num_requeues(self, ordinal: int) -> int:
+        """How often an instance was given back, by whatever process."""
+        with self._reporting():
+            (count,) = self._db.execute(
+                "SELECT count(*) FROM events WHERE ordinal = ? AND event = ?", (ordinal, schema.REQUEUED)
+            ).fetchone()
+        return int(count)
 
     def payload(self, ordinal: int) -> bytes | None:
         """The samples of a graded or packed instance, or those a waiting or running one begins with."""
@@ -526,7 +534,9 @@ class Ledger:
             yield
             return
         with self._reporting():
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            if durable != self._durable:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
             self._depth += 1
             try:
                 with self._db:  # commits, or rolls back when anything raises

@@ -144,7 +144,6 @@ class LocalBuffer:
         self._leases: dict[int, _Lease] = {}
         self._dropped: Counter[str] = Counter()
         self._drops_in_a_row: Counter[str] = Counter()
-        self._requeues: Counter[int] = Counter()
         self._num_requeued = 0
         self._num_stale = 0
         self._taking = ""
@@ -410,8 +409,7 @@ class LocalBuffer:
         if last is not None and (last.step, last.checkpoint) == (step, checkpoint):
             return
         self._ledger.commit(step, checkpoint=checkpoint, state=state)
-        for ordinal in self._policy.commit(step):
-            self._requeues.pop(ordinal, None)
+        self._policy.commit(step)
 
     def close(self) -> None:
         """End every wait with StopRun. What is on its way stays in the ledger for the next start."""
@@ -655,7 +653,7 @@ class LocalBuffer:
         self._wake()
 
     def _requeue(self, ordinal: int, attempt: int, *, reason: str, partial: bytes | None = None) -> bool:
-        num_requeues = self._requeues[ordinal] + 1
+        num_requeues = self._ledger.num_requeues(ordinal) + 1
         given_up = num_requeues > self._max_requeues or self._ledger.instance(ordinal).position is None
         partial = None if given_up else partial
         with self._ledger.together():
@@ -666,7 +664,6 @@ class LocalBuffer:
         if not self._recorded(requeued):
             return False
         self._leases.pop(ordinal, None)
-        self._requeues[ordinal] = num_requeues
         self._num_requeued += 1
         if given_up:
             self._policy.give_up(ordinal)
