@@ -17,7 +17,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -28,7 +28,7 @@ from pydantic_core import from_json
 
 from buffer.policy import Versions
 from slime.errors import DataError
-from slime.types import Abstain, Failed, Group, Prompt, Sample, Score, Status, VersionSpan
+from slime.types import Abstain, Failed, Group, Prompt, Sample, Score, Status, Verdict, VersionSpan
 
 MAGIC = b"slg1"
 CONTENT_TYPE = "application/x-slime-group"
@@ -303,9 +303,15 @@ def _sample_record(sample: Sample) -> dict[str, Any]:
         "temperature": sample.temperature,
         "status": sample.status.value,
         "response": sample.response,
-        "verdict": asdict(sample.verdict) if sample.verdict else None,
+        "verdict": _verdict_record(sample.verdict) if sample.verdict else None,
         "metadata": sample.metadata,
     }
+
+
+def _verdict_record(verdict: Verdict) -> dict[str, Any]:
+    """`dataclasses.asdict`, which takes longer than all the rest of a sample, without its deep copies."""
+    record = {field: getattr(verdict, field) for field in verdict.__slots__}
+    return record | {"parts": dict(verdict.parts)} if isinstance(verdict, Score) else record
 
 
 def _refuse(got: str, *, right: str) -> NoReturn:
