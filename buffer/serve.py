@@ -39,7 +39,7 @@ async def serving(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> As
         ConfigError: the address cannot be listened on.
         SlimeError: the server ended before it was asked to.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     server = _Server(
         uvicorn.Config(
             app,
@@ -113,7 +113,12 @@ def read_or_make_token(path: Path) -> str:
     return token
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # With its protocol named, asyncio sends at once (TCP_NODELAY); without, every answer waits 40 ms.

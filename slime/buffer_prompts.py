@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from buffer.ledger import Instance
-from buffer.order import PromptOrder
 from buffer.split import load_split
+from slime.buffering import prompt_order
 from slime.config import RunConfig
 from slime.errors import DataError
 from slime.types import Prompt
@@ -21,10 +21,7 @@ def prompt_of(run_dir: Path, instance: Instance) -> Prompt | None:
         return None
     try:
         config = RunConfig.model_validate_json(path.read_bytes())
-        split = load_split(config.data, num_eval=0)
-        weights = [source.weight for source in config.data.train]
-        order = PromptOrder(*split.train, seed=config.seed, shuffle=config.data.shuffle, weights=weights)
-        _, prompt = order.prompt_at(instance.position)
+        _, prompt = prompt_order(config, load_split(config.data, num_eval=0)).prompt_at(instance.position)
     except (ValidationError, DataError):
         return None
     return prompt if prompt.uid == instance.prompt_uid else None

@@ -268,6 +268,8 @@ class Profile(Table):
     """What computes."""
     threads_per_process: PositiveInt = 1
     """CPU threads of each engine and each training process."""
+    buffer_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port on 127.0.0.1 at which a run takes rollouts from other programs; 0 is any that is free. By default none."""
     placement: PlacementConfig = PlacementConfig()
     engine: EngineConfig = EngineConfig()
     trainer: RanksConfig = RanksConfig()

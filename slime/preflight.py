@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from buffer.order import PromptOrder
+from buffer.serve import listen
 from buffer.split import Split, load_split
 from rewards.pool import check_reward
 from rollout.engine import reserve_port
 from rollout.engine_options import check_options
 from rollout.tokenizer import Tokenizer
+from slime.buffering import prompt_order
 from slime.config import RunConfig
 from slime.errors import ConfigError, HookError, ModelError, boundary
 from slime.grading import FILTERS
@@ -76,12 +78,7 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
     checked = Checked(
         tokenizer=tokenizer,
         split=split,
-        order=PromptOrder(
-            *split.train,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            weights=[source.weight for source in config.data.train],
-        ),
+        order=prompt_order(config, split),
         generate=optional(config.rollout.generate, "rollout.generate", "prompt", "sample", "client"),
         filters={name: _filter(name, base_dir=base_dir) for name in config.buffer.filters},
         advantages=_advantages(config, base_dir=base_dir),
@@ -96,6 +93,8 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
     engine = config.profile.engine
     check_options(engine.sglang)
     check_megatron_options(config.profile.trainer.megatron)
+    if config.profile.buffer_port is not None:
+        listen("127.0.0.1", config.profile.buffer_port).close()
     if engine.base_port is not None and config.profile.placement.ray_address is None:
         for index in range(engine.num_engines):
             reserve_port(engine.base_port, index=index).close()

@@ -19,12 +19,11 @@ import click
 
 from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
-from buffer.local import LocalBuffer
 from buffer.lock import RunLock
-from buffer.policy import Policy
 from rewards.pool import RewardPool
 from rollout.client import GenerationClient
 from rollout.rollout import Rollout
+from slime.buffering import open_buffer
 from slime.checkpoints import Checkpoints, export_model
 from slime.cluster import Cluster
 from slime.config import RunConfig
@@ -37,6 +36,7 @@ from slime.preflight import Checked, check_run, save_config
 from slime.publisher import SharedMemoryPublisher, staging_directory
 from slime.remote import RemoteEngine, RemoteTrainer
 from slime.reporting import Reporting
+from slime.serving import TOKEN_FILE, serve_beside
 from slime.survivorship import Survivorship
 from slime.view import RunView
 from trainer.batch import build_batch
@@ -114,19 +114,9 @@ async def _train(config: RunConfig, checked: Checked, *, base_dir: Path, books: 
             checkpoints = Checkpoints(run_dir / "checkpoints", trainer=trainer, keep=config.checkpoint.keep)
             step = await checkpoints.restore(books.ledger)
             books.log.truncate(step)
-            buffer = LocalBuffer(
-                books.ledger,
-                checked.order,
-                Policy(
-                    groups_per_step=config.rollout.prompts_per_step,
-                    num_steps=config.num_steps,
-                    max_staleness=config.buffer.max_staleness,
-                    oversample=config.buffer.oversample,
-                    wait_for_stragglers=config.buffer.stragglers == "wait",
-                ),
-                pass_reward=config.eval.pass_reward,
-                stall_timeout_s=config.profile.engine.request_timeout_s + 60 * config.reward.timeout_s,
-            )
+            buffer = open_buffer(config, books.ledger, checked.order, recover=True)
+            if url := await stack.enter_async_context(serve_beside(config, buffer, books.ledger)):
+                view.phase(f"taking rollouts at {url}; the token is in {config.run_dir / TOKEN_FILE}")
             reporting = Reporting(
                 config,
                 checked,

@@ -1,9 +1,10 @@
-"""`slime buffer serve`: the buffer of a run as a process of its own, for rollouts and trainers from elsewhere."""
+"""The buffer of a run for programs elsewhere: beside the run that trains, or as a process of its own, without one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -12,12 +13,11 @@ import click
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.lock import RunLock
-from buffer.order import PromptOrder
-from buffer.policy import Policy
-from buffer.serve import read_or_make_token, serve_until_stopped
+from buffer.serve import read_or_make_token, serve_until_stopped, serving
 from buffer.service import ServedRun, create_app
 from buffer.split import load_split
 from rollout.tokenizer import Tokenizer
+from slime.buffering import open_buffer, prompt_order
 from slime.config import RunConfig
 from slime.errors import DataError, boundary
 from slime.preflight import check_model, save_config
@@ -25,6 +25,8 @@ from slime.types import Message
 
 TOKEN_FILE = "buffer.token"
 """In the run directory, unless told otherwise."""
+URL_FILE = "buffer.url"
+"""In the run directory of a run that trains."""
 LOCK_TIMEOUT_S = 2.0
 """While the ledger waits, the service answers nobody; its clients can wait better."""
 
@@ -43,7 +45,7 @@ def serve_run(
         SlimeError: the run is held by another process, or something about it, the address or the token is wrong.
     """
     check_model(config.model.path, base_dir=base_dir)
-    order = _order(config)
+    order = prompt_order(config, load_split(config.data, num_eval=0))
     token_file = token_file or config.run_dir / TOKEN_FILE
     name = config.run_dir.resolve().name
     with RunLock(config.run_dir), Ledger(config.run_dir, lock_timeout_s=LOCK_TIMEOUT_S) as ledger:
@@ -51,7 +53,9 @@ def serve_run(
         token = read_or_make_token(token_file)
 
         async def serve() -> None:
-            app = create_app({name: _served(config, ledger, order)}, token=token)
+            buffer = open_buffer(config, ledger, order, recover=False)
+            served = ServedRun(buffer=buffer, ledger=ledger, render=Renderer(str(config.model.path)))
+            app = create_app({name: served}, token=token)
             await serve_until_stopped(app, host=host, port=port, ready=ready)
 
         def ready(url: str) -> None:
@@ -60,22 +64,29 @@ def serve_run(
         asyncio.run(serve())
 
 
-def _order(config: RunConfig) -> PromptOrder:
-    split = load_split(config.data, num_eval=0)
-    weights = [source.weight for source in config.data.train]
-    return PromptOrder(*split.train, seed=config.seed, shuffle=config.data.shuffle, weights=weights)
+@asynccontextmanager
+async def serve_beside(config: RunConfig, buffer: LocalBuffer, ledger: Ledger) -> AsyncIterator[str]:
+    """Take rollouts from other programs while a run trains, where its profile names a port. Yields the URL, or "".
 
+    As long as it is served, the file ``buffer.url`` in the run directory says where; ``buffer.token`` has the token.
 
-def _served(config: RunConfig, ledger: Ledger, order: PromptOrder) -> ServedRun:
-    policy = Policy(
-        groups_per_step=config.rollout.prompts_per_step,
-        num_steps=config.num_steps,
-        max_staleness=config.buffer.max_staleness,
-        oversample=config.buffer.oversample,
-        wait_for_stragglers=config.buffer.stragglers == "wait",
-    )
-    buffer = LocalBuffer(ledger, order, policy, pass_reward=config.eval.pass_reward, recover=False)
-    return ServedRun(buffer=buffer, ledger=ledger, render=Renderer(str(config.model.path)))
+    Raises:
+        ConfigError: something about the port or the token is wrong.
+    """
+    if config.profile.buffer_port is None:
+        yield ""
+        return
+    run_dir = config.run_dir.resolve()
+    render = Renderer(str(config.model.path))
+    served = ServedRun(buffer=buffer, ledger=ledger, render=render, takes_consumers=False)
+    app = create_app({run_dir.name: served}, token=read_or_make_token(run_dir / TOKEN_FILE))
+    async with serving(app, port=config.profile.buffer_port) as address:
+        url = f"{address}/runs/{run_dir.name}"
+        (run_dir / URL_FILE).write_text(url + "\n")
+        try:
+            yield url
+        finally:
+            (run_dir / URL_FILE).unlink(missing_ok=True)
 
 
 class Renderer:
