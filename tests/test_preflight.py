@@ -120,15 +120,18 @@ def test_bad_input_is_refused_before_anything_starts(task: Path, change: Change)
     assert not (task / "run").exists()
 
 
-def test_a_port_that_is_taken_is_named(task: Path) -> None:
-    """Otherwise the engine fails a minute later with somebody else's message."""
+@pytest.mark.parametrize(
+    ("key", "named"), [("profile.engine.base_port", "base_port"), ("profile.buffer_port", "listen")]
+)
+def test_a_port_that_is_taken_is_named(task: Path, key: str, named: str) -> None:
+    """Otherwise the run fails a minute later, the engine with somebody else's message."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        output = start(task, f"profile.engine.base_port={port}")
+        output = start(task, f"{key}={port}")
     assert f"port {port}" in output
-    assert "base_port" in output
+    assert named in output
 
 
 def test_a_run_is_not_continued_with_another_configuration(task: Path) -> None:
