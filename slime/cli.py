@@ -116,10 +116,29 @@ main.add_command(buffer_group)
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["rollout", "train", "publish"]))
+@click.argument("what", type=click.Choice(["rollout", "train", "publish", "buffer", "buffer-chaos"]))
 @click.option("--model", type=click.Path(path_type=Path), help="Hugging Face directory. Default: a tiny random one.")
-def bench(what: str, model: Path | None) -> None:
-    """Measure slime against the limit of the machine, both in one run."""
-    from slime.bench import run_bench
+@click.option("--prompts", default=10_000_000, show_default=True, help="buffer: rows of the large prompt file.")
+@click.option("--kills", default=1_000, show_default=True, help="buffer-chaos: how often the service is killed.")
+@click.option("--seed", default=0, show_default=True, help="buffer-chaos: of every choice.")
+def bench(what: str, model: Path | None, prompts: int, kills: int, seed: int) -> None:
+    """Measure slime against the limit of the machine, both in one run.
 
-    run_bench(what, model=model)
+    \b
+    rollout, train, publish     engines, trainer, and the weights' way between them
+    buffer                      the data buffer against SQLite and a plain web service
+    buffer-chaos                no figures: kill the buffer's service over and over, and check what clients saw
+    """
+    match what:
+        case "buffer":
+            from slime.buffer_bench import bench_buffer
+
+            bench_buffer(num_prompts=prompts)
+        case "buffer-chaos":
+            from slime.buffer_bench import bench_chaos
+
+            bench_chaos(num_kills=kills, seed=seed)
+        case _:
+            from slime.bench import run_bench
+
+            run_bench(what, model=model)
