@@ -14,72 +14,29 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response
-from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
-from pydantic_core import from_json
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from buffer import bodies, frames, payload
 from buffer.bodies import Ordinal, Reason
+from buffer.gate import OPEN_PATHS, StrictRoute, TokenGate
 from buffer.leases import LeaseTimer
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer, Result
+from buffer.polls import Polls
 from buffer.pushed import Render, pushed_group
-from buffer.refusals import RESPONSES, answer, answer_errors, refusal
-from slime.errors import ConfigError, LedgerError, SlimeError, StopRun
+from buffer.refusals import RESPONSES, answer_errors, refusal
+from slime.errors import ConfigError, LedgerError, SlimeError
 
 MAX_BODY_BYTES = 64 * 2**20
-BODY_TIMEOUT_S = 60.0
 RUN_NAME = r"^[A-Za-z0-9._-]{1,64}$"
-OPEN_PATHS = frozenset({"/health", "/openapi.json"})
-"""Told without a token."""
-T = TypeVar("T")
 
 _PUTS = TypeAdapter(list[bodies.PutEntry])
 _PUSHES = TypeAdapter(list[bodies.PushEntry])
-
-
-class Polls:
-    """Long polls: each waits for its work, and no longer than its client and this service are there."""
-
-    def __init__(self, *, max_wait_s: float) -> None:
-        self._max_wait_s = max_wait_s
-        self._open: set[asyncio.Task[Any]] = set()
-        self._closed = False
-
-    async def wait(self, request: Request, work: Coroutine[Any, Any, T], *, wait_s: float) -> T | None:
-        """The result of `work`; None when it is cancelled, because the time is up or the client is gone.
-
-        Raises:
-            StopRun: the service ends.
-        """
-        task = asyncio.ensure_future(work)
-        self._open.add(task)
-        gone = asyncio.ensure_future(request.receive())  # the body is read: what comes is the disconnection
-        try:
-            await asyncio.wait({task, gone}, timeout=min(wait_s, self._max_wait_s), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._open.discard(task)
-            gone.cancel()
-            task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled():
-            return task.result()
-        if self._closed:
-            raise StopRun("the service ends. Ask again when it is back, under the same name")
-        return None
-
-    def close(self) -> None:
-        """End all of them."""
-        self._closed = True
-        for task in self._open:
-            task.cancel()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,72 +54,6 @@ class ServedRun:
     lease_s: float | None = 600.0
     render: Render | None = None
     takes_consumers: bool = True
-
-
-class StrictRequest(Request):
-    """A body that comes in time and stays within its limit; JSON as the standard has it, of limited depth."""
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            try:
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    self._body = await self._read(limit=self.app.state.max_body_bytes)
-            except TimeoutError:
-                raise HTTPException(408, f"the body took more than {BODY_TIMEOUT_S:g} s. Send it again.") from None
-        return self._body
-
-    async def _read(self, *, limit: int) -> bytes:
-        chunks, size = [], int(self.headers.get("content-length", "0"))
-        if size <= limit:
-            size = 0
-            async for chunk in self.stream():
-                size += len(chunk)
-                chunks.append(chunk)
-                if size > limit:
-                    break
-        if size > limit:
-            raise HTTPException(413, f"got a body of more than {limit} bytes. Send fewer groups at a time.")
-        return b"".join(chunks)
-
-    async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise HTTPException(422, f"got a body that is not JSON ({error}). Send JSON, in UTF-8.") from None
-
-
-class StrictRoute(APIRoute):
-    """Gives every handler a `StrictRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-
-        return handle_strictly
-
-
-class TokenGate:
-    """Lets requests with the token through, and the rest nowhere: not even their bodies are read."""
-
-    def __init__(self, app: ASGIApp, *, token: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_token(scope):
-            await self._app(scope, receive, send)
-            return
-        body = bodies.ErrorBody(
-            error="Unauthorized",
-            message="got no token of this service. Send `Authorization: Bearer TOKEN`, with what its token file holds.",
-        )
-        await answer(401, body)(scope, receive, send)
-
-    def _has_token(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and secrets.compare_digest(given[0], self._expected)
 
 
 @dataclass(frozen=True, slots=True)
