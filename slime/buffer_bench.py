@@ -116,28 +116,36 @@ async def alternate(*sides: Callable[[int], Awaitable[None]], num_rounds: int = 
 
 async def bench_pushes(scratch: Path) -> None:
     """Batches of pushed groups against the same rows written by SQLite's executemany, in the same batches."""
+    token = secrets.token_hex(16)
     groups = [
         encode(a_group(f"{i:016x}", num_samples=SAMPLES_PER_GROUP, num_tokens=TOKENS_PER_SAMPLE))
         for i in range(GROUPS_PER_BATCH)
     ]
-    with Ledger(scratch / "ours") as ledger, closing(raw_ledger(scratch / "raw.sqlite")) as raw:
-        buffer = open_buffer(ledger, some_prompts())
-        await buffer.published(0)
 
-        async def ours(number: int) -> None:
-            for batch in range(BATCHES_PER_ROUND):
-                await buffer.push([(f"{number}/{batch}/{i}", group) for i, group in enumerate(groups)])
+    async def push(by: Callable[[list[tuple[str, bytes]]], Awaitable[Any]], number: int) -> None:
+        for batch in range(BATCHES_PER_ROUND):
+            await by([(f"{number}-{batch}-{i}", group) for i, group in enumerate(groups)])
 
-        async def plain(number: int) -> None:
-            for batch in range(BATCHES_PER_ROUND):
-                write_raw(raw, groups, first=(number * BATCHES_PER_ROUND + batch) * GROUPS_PER_BATCH)
+    async def write(db: sqlite3.Connection, number: int) -> None:
+        for batch in range(BATCHES_PER_ROUND):
+            write_raw(db, groups, first=(number * BATCHES_PER_ROUND + batch) * GROUPS_PER_BATCH)
 
-        ours_s, plain_s = await alternate(ours, plain)
-    num_groups = GROUPS_PER_BATCH * BATCHES_PER_ROUND
-    click.echo(f"push           {num_groups / ours_s:10,.0f} groups/s, checked, in batches of {GROUPS_PER_BATCH}, "
-               f"{len(groups[0]) / 1024:.0f} KiB each")  # fmt: skip
-    click.echo(f"raw SQLite     {num_groups / plain_s:10,.0f} groups/s, the same rows in the same batches")
-    click.echo(f"ratio          {plain_s / ours_s:10.2f}   (limit: at least {PUSH_LIMIT:.2f})")
+    with (
+        Ledger(scratch / "ours") as ledger,
+        closing(raw_ledger(scratch / "raw.sqlite")) as raw,
+        process(partial(make_app, scratch, token=token), scratch) as service,
+    ):
+        local = open_buffer(ledger, some_prompts())
+        async with HttpBuffer(f"http://127.0.0.1:{await service.port()}", run="run", token=token) as remote:
+            for buffer in (local, remote):
+                await buffer.published(0)
+            times_s = await alternate(partial(push, local.push), partial(push, remote.push_batch), partial(write, raw))
+    ours, http, plain = (GROUPS_PER_BATCH * BATCHES_PER_ROUND / time_s for time_s in times_s)
+    size = f"in batches of {GROUPS_PER_BATCH}, {len(groups[0]) / 1024:.0f} KiB each"
+    click.echo(f"push           {ours:10,.0f} groups/s, checked and recorded, {size}")
+    click.echo(f"push over HTTP {http:10,.0f} groups/s, the same, from another process; {http / plain:.2f} of SQLite's")
+    click.echo(f"raw SQLite     {plain:10,.0f} groups/s, the same rows in the same batches")
+    click.echo(f"ratio          {ours / plain:10.2f}   (limit: at least {PUSH_LIMIT:.2f})")
 
 
 def raw_ledger(path: Path) -> sqlite3.Connection:
