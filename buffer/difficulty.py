@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from buffer import schema
-from buffer.reading import read_ledger
+from buffer.books.reading import read_ledger
 from slime.errors import LedgerError, StorageError
 
 VERSION = 1

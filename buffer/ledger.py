@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from buffer import schema
-from buffer.audit import Audit, audit_run
+from buffer.books.audit import Audit, audit_run
 from buffer.policy import Versions
 from buffer.schema import State
 from slime.errors import LedgerError, StorageError
@@ -453,7 +453,7 @@ class Ledger:
             )
 
     def audit(self) -> Audit:
-        """Hold every fate against the event log; see `buffer.audit`."""
+        """Hold every fate against the event log; see `buffer.books.audit`."""
         return audit_run(self._path.parent)
 
     def _advance(self, ordinal: int, attempt: int, event: str, *, detail: str = "") -> bool:

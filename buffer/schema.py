@@ -8,9 +8,9 @@
     packed ─ released → graded, when the step it was packed into will not be committed
     committed ─ reverted → issued, with the next attempt, when the checkpoint of that commit turned out torn
 
-`instances` holds where each one stands; `events` how it came there, and nothing is ever changed in it. `buffer.audit`
-holds the two against each other. `payloads` holds the samples of what is graded or packed, and of what waits to be
-continued; `outcomes` what every graded attempt was worth, trained or not.
+`instances` holds where each one stands; `events` how it came there, and nothing is ever changed in it.
+`buffer.books.audit` holds the two against each other. `payloads` holds the samples of what is graded or packed, and of
+what waits to be continued; `outcomes` what every graded attempt was worth, trained or not.
 """
 
 from __future__ import annotations

@@ -25,18 +25,19 @@ import click
 import httpx
 from fastapi import FastAPI
 
-from buffer import bodies, schema
-from buffer.chaos import run_chaos
-from buffer.client import HttpBuffer
-from buffer.index import open_index
+from buffer import schema
+from buffer.chaos.run import run_chaos
+from buffer.chaos.service_process import ServiceProcess
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.payload import encode
 from buffer.policy import Policy
-from buffer.service import ServedRun, create_app
-from buffer.service_process import ServiceProcess
-from buffer.sources import IndexedPrompts
+from buffer.prompts.index import open_index
+from buffer.prompts.order import PromptOrder
+from buffer.prompts.sources import IndexedPrompts
+from buffer.service import bodies
+from buffer.service.app import ServedRun, create_app
+from buffer.service.client import HttpBuffer
 from slime.errors import SlimeError
 from slime.types import Group, Prompt, Sample, Score
 

@@ -10,7 +10,7 @@ import click
 from slime.cli_options import run_options
 
 if TYPE_CHECKING:
-    from buffer.export import Format, What
+    from buffer.books.export import Format, What
 
 STATES = ("issued", "running", "generated", "graded", "packed", "committed", "dropped")
 
@@ -31,7 +31,7 @@ def buffer_group() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One object, for programs.")
 def stats(run_dir: Path, k: int, as_json: bool) -> None:
     """Count the instances of RUN_DIR by state, drop reason and staleness, and its prompts by difficulty."""
-    from buffer.stats import read_pools, read_stats
+    from buffer.books.stats import read_pools, read_stats
     from slime.buffer_view import print_stats, stats_json
 
     read, pools = read_stats(run_dir), read_pools(run_dir, k=k)
@@ -49,7 +49,7 @@ def show(run_dir: Path, uid: str) -> None:
 
     UID is the prompt's uid or the beginning of it, an instance's number, or uid:number.
     """
-    from buffer.lives import read_lives
+    from buffer.books.lives import read_lives
     from slime.buffer_prompts import prompt_of
     from slime.buffer_view import print_lives
 
@@ -70,7 +70,7 @@ def show(run_dir: Path, uid: str) -> None:
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
 def export(run_dir: Path, what: What, form: Format, states: tuple[str, ...], output: Path | None, force: bool) -> None:
     """Write the instances, samples or outcomes of RUN_DIR to a file."""
-    from buffer.export import export_run
+    from buffer.books.export import export_run
     from buffer.schema import State
 
     output = output or Path(f"{run_dir.resolve().name}_{what}.{form}")

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from buffer.books.lives import Graded, Life
+from buffer.books.stats import Stats
 from buffer.difficulty import Pools
 from buffer.ledger import Event
-from buffer.lives import Graded, Life
-from buffer.stats import Stats
 from slime.text import clock, printable
 from slime.types import Prompt
 from slime.view import prompt_text

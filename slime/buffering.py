@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.policy import Policy
-from buffer.split import Split
+from buffer.prompts.order import PromptOrder
+from buffer.prompts.split import Split
 from slime.config import RunConfig
 
 

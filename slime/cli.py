@@ -105,7 +105,7 @@ def view(run_dir: Path, step: int | None, limit: int) -> None:
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def audit(run_dir: Path) -> None:
     """Account for every prompt RUN_DIR issued; exits with 1 if the sums do not hold."""
-    from buffer.audit import audit_run
+    from buffer.books.audit import audit_run
 
     result = audit_run(run_dir)
     click.echo(str(result))

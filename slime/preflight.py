@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from buffer.order import PromptOrder
-from buffer.serve import listen
-from buffer.split import Split, load_split
+from buffer.prompts.order import PromptOrder
+from buffer.prompts.split import Split, load_split
+from buffer.service.serve import listen
 from rewards.pool import check_reward
 from rollout.engine import reserve_port
 from rollout.engine_options import check_options

@@ -13,9 +13,9 @@ import click
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.lock import RunLock
-from buffer.serve import read_or_make_token, serve_until_stopped, serving
-from buffer.service import ServedRun, create_app
-from buffer.split import load_split
+from buffer.prompts.split import load_split
+from buffer.service.app import ServedRun, create_app
+from buffer.service.serve import read_or_make_token, serve_until_stopped, serving
 from rollout.tokenizer import Tokenizer
 from slime.buffering import open_buffer, prompt_order
 from slime.config import RunConfig
@@ -90,7 +90,7 @@ async def serve_beside(config: RunConfig, buffer: LocalBuffer, ledger: Ledger) -
 
 
 class Renderer:
-    """Conversations as tokens, by the chat template of a model; loaded with the first one. See `buffer.pushed`."""
+    """Conversations as tokens, by a model's chat template; loaded with the first one. See `buffer.service.pushed`."""
 
     def __init__(self, model_path: str) -> None:
         self._model_path = model_path

@@ -11,7 +11,7 @@ from math import nan
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from buffer.dataset import read_sft_rows
+from buffer.prompts.dataset import read_sft_rows
 from rollout.tokenizer import Tokenizer
 from slime.cluster import Cluster
 from slime.config import SftRunConfig

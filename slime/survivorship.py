@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pvariance
 
-from buffer.reading import read_ledger
+from buffer.books.reading import read_ledger
 from slime.types import Metrics
 
 WINDOW_STEPS = 16

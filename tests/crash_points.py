@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from buffer.audit import audit_run
+from buffer.books.audit import audit_run
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.policy import Policy
+from buffer.prompts.order import PromptOrder
 from buffer.samples import iter_samples, write_samples
 from slime.checkpoints import Checkpoints
 from slime.config import AdvantageConfig

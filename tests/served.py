@@ -12,8 +12,8 @@ from typing import Any
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.serve import serving
-from buffer.service import ServedRun, create_app
+from buffer.service.app import ServedRun, create_app
+from buffer.service.serve import serving
 
 RUN = "run-1"
 TOKEN = "0123456789abcdef"

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from buffer.dataset import prompt_uid
 from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
+from buffer.prompts.dataset import prompt_uid
 from buffer.samples import encode_line
 from buffer.schema import State
 from slime.buffer_cli import STATES
@@ -304,7 +304,7 @@ def test_a_ledger_that_is_locked_is_refused_with_a_remedy(
     command: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pins a command that waits for ever for a tool that someone has left open."""
-    monkeypatch.setattr("buffer.reading.LOCK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("buffer.books.reading.LOCK_TIMEOUT_S", 0.01)
     with closing(sqlite3.connect(run_dir / "ledger.sqlite", isolation_level=None)) as db:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("INSERT INTO meta VALUES ('k', 'v')")
@@ -322,7 +322,7 @@ def test_a_run_that_begins_while_an_archive_is_read_is_noticed(run_dir: Path, mo
             ledger.issue("new", epoch=0, position=ledger.next_position)
         return encode_line(row)
 
-    monkeypatch.setattr("buffer.export.encode_line", meanwhile)
+    monkeypatch.setattr("buffer.books.export.encode_line", meanwhile)
     result = slime("buffer", "export", run_dir)
     assert result.exit_code == 1
     assert "a run was started on it while it was read. Give the same command again" in result.stderr

@@ -11,8 +11,8 @@ import pytest
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.policy import Policy
+from buffer.prompts.order import PromptOrder
 from slime.checkpoints import Checkpoints
 from slime.errors import CheckpointError
 from slime.testing import FakeRollout, FakeTrainer

@@ -11,8 +11,8 @@ import pytest
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.policy import Policy
+from buffer.prompts.order import PromptOrder
 from slime.errors import PromptError, RewardError, StopRun
 from slime.grading import keep_all, not_aborted
 from slime.loop import Run, run_loop

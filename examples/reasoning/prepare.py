@@ -149,7 +149,7 @@ def write_model(directory: Path, *, seed: int) -> None:
 
 def write_data(directory: Path, *, num_problems: int, num_examples: int, rng: random.Random) -> None:
     """``train.jsonl``, and ``sft.jsonl`` from those of its problems that slime will not hold out for evaluation."""
-    from buffer.split import load_split
+    from buffer.prompts.split import load_split
     from slime.config import DataConfig
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from buffer.audit import audit_run
+from buffer.books.audit import audit_run
 from buffer.ledger import Ledger
 
 NUM_KILLS = 40

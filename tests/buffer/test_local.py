@@ -12,8 +12,8 @@ import pytest
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.policy import Policy
+from buffer.prompts.order import PromptOrder
 from slime.errors import DataError, LedgerError, SlimeError, StopRun
 from slime.types import Group, Lease
 from tests.builders import make_prompt, make_sample

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from buffer.client import HttpBuffer
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
-from buffer.order import PromptOrder
 from buffer.policy import Policy
+from buffer.prompts.order import PromptOrder
+from buffer.service.client import HttpBuffer
 from slime.errors import LedgerError
 from slime.protocols import Buffer
 from slime.types import Group, Lease

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from buffer.dataset import prompt_uid, read_sft_rows
-from buffer.split import load_split
+from buffer.prompts.dataset import prompt_uid, read_sft_rows
+from buffer.prompts.split import load_split
 from rewards import RewardInput
 from slime.config import DataConfig
 from slime.hooks import load_hook

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from buffer.split import load_split
+from buffer.prompts.split import load_split
 from rewards import RewardInput
 from slime.config import DataConfig
 from slime.hooks import load_hook

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from buffer.audit import Audit, audit_run
+from buffer.books.audit import Audit, audit_run
 from slime.publisher import staging_directory
 from tests.builders import make_model
 

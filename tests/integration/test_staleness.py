@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from buffer.books.reading import read_ledger
 from buffer.difficulty import Difficulty
-from buffer.reading import read_ledger
 from tests.integration.task import Training, audit, make_task, rows, samples
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]

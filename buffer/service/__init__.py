@@ -1,0 +1,1 @@
+"""The buffer over HTTP: its service and its client."""
