@@ -9,21 +9,18 @@ meanwhile.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from buffer import schema
 from buffer.books.audit import Audit, audit_run
 from buffer.policy import Versions
+from buffer.records import Commit, Event, Instance, Outcome, Pushed, select_events, select_instances
 from buffer.schema import State
-from slime.errors import LedgerError, StorageError
+from buffer.storage import LedgerFile
+from slime.errors import LedgerError
 
 _INSERT_EVENT = "INSERT INTO events (time, ordinal, attempt, event, step, detail) VALUES (?, ?, ?, ?, ?, ?)"
 _INSERT_OUTCOME = (
@@ -32,111 +29,19 @@ _INSERT_OUTCOME = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instance:
-    """One row of the ledger: a prompt at its place in the run."""
-
-    ordinal: int
-    prompt_uid: str
-    epoch: int
-    attempt: int
-    state: State
-    position: int | None
-    """Its place in the order of prompts; None for one that was pushed from outside."""
-    step: int | None
-    """The training step it is packed into."""
-    reason: str
-    """Why it was dropped."""
-    versions: Versions | None
-    """The weights that sampled its tokens; while it runs, those that were published when it was admitted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a graded group was worth, trained or not."""
-
-    num_samples: int
-    """Those with a score."""
-    num_passed: int
-    reward_mean: float | None
-    response_tokens_mean: float
-
-    def row(self) -> tuple[int, int, float | None, float]:
-        return self.num_samples, self.num_passed, self.reward_mean, self.response_tokens_mean
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pushed:
-    """A group that was rolled out elsewhere, of any prompt."""
-
-    prompt_uid: str
-    request: str
-    """A name for the request that brought it, by which `Ledger.of_request` finds it again."""
-    payload: bytes
-    versions: Versions
-    outcome: Outcome | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """One line of an instance's life."""
-
-    time: float
-    attempt: int
-    event: str
-    step: int | None
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """A point the run can be continued from."""
-
-    step: int
-    checkpoint: str
-    state: dict[str, Any]
-
-
-class Ledger:
-    """Opens ``ledger.sqlite`` in the run directory, or creates it.
-
-    Args:
-        lock_timeout_s: how long to wait for a process that has locked the file, such as a backup.
+class Ledger(LedgerFile):
+    """The moves of prompt instances, and what is known of each.
 
     Raises:
-        LedgerError: from every method: the file cannot be read or written (a full disk), or the move is illegal.
-            What was recorded before stands, and the failed call has changed nothing.
+        LedgerError: from every method: the move is illegal, or (StorageError) the file cannot be written, as when the
+            disk is full. What was recorded before stands, and the failed call has changed nothing.
     """
 
-    def __init__(self, run_dir: Path, *, lock_timeout_s: float = 30.0) -> None:
-        self._path = run_dir / "ledger.sqlite"
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with self._reporting():
-            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=lock_timeout_s)
-            if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                schema.create(self._db)
-            schema.check(self._db, self._path)
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._depth, self._durable = 0, False
-            self._number()
-
-    def _number(self) -> None:
+    def _reread(self) -> None:
         last = "SELECT coalesce(max(ordinal) + 1, 0), coalesce(max(position) + 1, 0) FROM instances"
         ordinal, position = self._db.execute(last).fetchone()
         self._next_ordinal: int = ordinal
         self._next_position: int = position
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._db.close()
 
     @property
     def next_ordinal(self) -> int:
@@ -147,27 +52,6 @@ class Ledger:
     def next_position(self) -> int:
         """The place in the order of prompts that is issued next."""
         return self._next_position
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Make one transaction of several moves: they happen all or none, and cost one commit."""
-        with self._transaction():
-            yield
-
-    def bind(self, key: str, value: str) -> None:
-        """Tie the ledger to a fact of the run, such as the fingerprint of its prompts.
-
-        Raises:
-            LedgerError: it is tied to another value: what is recorded was made under that one.
-        """
-        with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
-            (bound,) = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        if bound != value:
-            raise LedgerError(
-                f"{self._path}: the {key} of this run changed: it began with ({bound}) and now has ({value}). "
-                "Restore what it began with, or start anew in another run_dir."
-            )
 
     def issue(self, prompt_uid: str, *, epoch: int, position: int | None, request: str | None = None) -> int:
         """Record that a prompt takes the next place in the run. Returns its ordinal.
@@ -231,7 +115,7 @@ class Ledger:
     def of_request(self, request: str) -> Instance | None:
         """The instance that an earlier request of this name was answered with."""
         with self._reporting():
-            return next(self._instances("WHERE request = ?", request), None)
+            return next(select_instances(self._db, "WHERE request = ?", request), None)
 
     def start(self, ordinal: int, *, attempt: int, version: int = 0, request: str | None = None) -> bool:
         """A rollout worker took the instance, with the request of this name, when `version` was published.
@@ -329,7 +213,7 @@ class Ledger:
     def release(self) -> list[Instance]:
         """Unpack every step that is not committed: whoever trained it is gone. Returns what is graded again."""
         with self._transaction():
-            packed = list(self._instances("WHERE state = 'packed' ORDER BY ordinal"))
+            packed = list(select_instances(self._db, "WHERE state = 'packed' ORDER BY ordinal"))
             self._move([(instance.ordinal, instance.attempt) for instance in packed], schema.RELEASED)
         return packed
 
@@ -352,17 +236,6 @@ class Ledger:
             for packed_step, ordinal, attempt in packed:
                 self._move([(ordinal, attempt)], State.COMMITTED, step=packed_step)
             self._forget(ordinal for _, ordinal, _ in packed)
-
-    def remember(self, key: str, value: str) -> None:
-        """Keep a fact of the run that changes, such as the version that is published."""
-        with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
-    def recall(self, key: str) -> str | None:
-        """What was kept last; None when nothing was."""
-        with self._reporting():
-            row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return str(row[0]) if row else None
 
     def next_consumer(self) -> int:
         """The incarnation of a new consumer: counts from 1, and no number is given twice."""
@@ -408,7 +281,7 @@ class Ledger:
 
     def open_instances(self) -> Iterator[Instance]:
         """Every instance that is neither committed nor dropped, in order of issue."""
-        return self._instances("WHERE state NOT IN ('committed', 'dropped') ORDER BY ordinal")
+        return select_instances(self._db, "WHERE state NOT IN ('committed', 'dropped') ORDER BY ordinal")
 
     def partial_ordinals(self) -> set[int]:
         """The instances to be issued again that have samples to begin with."""
@@ -420,22 +293,16 @@ class Ledger:
 
     def instances(self) -> Iterator[Instance]:
         """Every instance, in order of issue."""
-        return self._instances("ORDER BY ordinal")
+        return select_instances(self._db, "ORDER BY ordinal")
 
     def instances_of(self, prompt_uid: str) -> list[Instance]:
         """Every instance of a prompt, in order of issue."""
-        return list(self._instances("WHERE prompt_uid = ? ORDER BY ordinal", prompt_uid))
+        return list(select_instances(self._db, "WHERE prompt_uid = ? ORDER BY ordinal", prompt_uid))
 
     def events_of(self, ordinal: int) -> list[Event]:
         """The life of an instance, in order."""
         with self._reporting():
-            rows = self._db.execute(
-                "SELECT time, attempt, event, step, detail FROM events WHERE ordinal = ? ORDER BY seq", (ordinal,)
-            ).fetchall()
-        return [
-            Event(time=when, attempt=attempt, event=event, step=step, detail=detail)
-            for when, attempt, event, step, detail in rows
-        ]
+            return select_events(self._db, ordinal)
 
     def counts(self) -> dict[State, int]:
         """How many instances stand where; states without any are there with 0."""
@@ -506,57 +373,10 @@ class Ledger:
 
     def instance(self, ordinal: int) -> Instance:
         """Where one stands."""
-        found = list(self._instances("WHERE ordinal = ?", ordinal))
+        found = list(select_instances(self._db, "WHERE ordinal = ?", ordinal))
         if not found:
             raise LedgerError(f"{self._path}: no instance {ordinal} was issued; the last is {self._next_ordinal - 1}")
         return found[0]
-
-    def _instances(self, where: str, *values: Any) -> Iterator[Instance]:
-        columns = "ordinal, prompt_uid, epoch, position, attempt, state, step, reason, oldest_version, newest_version"
-        for ordinal, uid, epoch, position, attempt, state, step, reason, oldest, newest in self._db.execute(
-            f"SELECT {columns} FROM instances {where}", values
-        ):
-            yield Instance(
-                ordinal=ordinal,
-                prompt_uid=uid,
-                epoch=epoch,
-                position=position,
-                attempt=attempt,
-                state=State(state),
-                step=step,
-                reason=reason,
-                versions=None if oldest is None else Versions(oldest=oldest, newest=newest),
-            )
-
-    @contextlib.contextmanager
-    def _transaction(self, *, durable: bool = False) -> Iterator[None]:
-        if self._depth:  # part of a larger one, which commits or rolls back everything
-            yield
-            return
-        with self._reporting():
-            if durable != self._durable:
-                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
-            self._depth += 1
-            try:
-                with self._db:  # commits, or rolls back when anything raises
-                    self._db.execute("BEGIN IMMEDIATE")
-                    yield
-            except BaseException:
-                self._number()
-                raise
-            finally:
-                self._depth -= 1
-
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StorageError(
-                f"{self._path}: SQLite says: {error}. If the disk is full, make room and give the same command again: "
-                "nothing recorded is lost. If the file is damaged, restore it from a copy, or choose another run_dir."
-            ) from error
 
 
 def _name(instance: Instance) -> str:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from buffer import schema
-from buffer.ledger import Instance, Ledger, Outcome, Pushed
+from buffer.ledger import Ledger
 from buffer.payload import Summary, decode, encode, inspect, summarise, versions_of
 from buffer.policy import Policy, Priority, Running, Versions, Waiting
 from buffer.prompts.order import PromptOrder
+from buffer.records import Instance, Outcome, Pushed
 from buffer.schema import State
 from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StopRun, StorageError
 from slime.types import Group, Lease

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from buffer.ledger import Instance
 from buffer.prompts.split import load_split
+from buffer.records import Instance
 from slime.buffering import prompt_order
 from slime.config import RunConfig
 from slime.errors import DataError

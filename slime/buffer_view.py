@@ -15,7 +15,7 @@ from rich.text import Text
 from buffer.books.lives import Graded, Life
 from buffer.books.stats import Stats
 from buffer.difficulty import Pools
-from buffer.ledger import Event
+from buffer.records import Event
 from slime.text import clock, printable
 from slime.types import Prompt
 from slime.view import prompt_text

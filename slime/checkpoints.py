@@ -11,7 +11,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from buffer.ledger import Commit, Ledger
+from buffer.ledger import Ledger
+from buffer.records import Commit
 from slime.errors import CheckpointError
 from slime.protocols import Buffer, Trainer
 from trainer.checkpoint_dir import new_checkpoint, prune_checkpoints, verify_checkpoint

@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from buffer.difficulty import Difficulty
-from buffer.ledger import Ledger, Outcome
+from buffer.ledger import Ledger
 from buffer.policy import Versions
+from buffer.records import Outcome
 from slime.config import RunConfig
 from slime.metrics import MetricsLog, read
 from slime.reporting import Reporting

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from buffer.ledger import Ledger, Outcome
+from buffer.ledger import Ledger
 from buffer.policy import Versions
+from buffer.records import Outcome
 from slime.survivorship import Decided, Judged, Survivorship, biases, metrics, together
 
 DECODED = Versions(oldest=0, newest=0)

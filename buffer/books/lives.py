@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from buffer.books.reading import read_ledger
-from buffer.ledger import Event, Instance
 from buffer.payload import decode
-from buffer.policy import Versions
+from buffer.records import Event, Instance, select_events, select_instances
 from buffer.samples import iter_samples, sample_record, written_steps
 from buffer.schema import State
 from slime.errors import LedgerError
@@ -107,29 +106,10 @@ def _refuse(db: sqlite3.Connection, name: str, *, run_dir: Path) -> NoReturn:
 
 
 def _instances(db: sqlite3.Connection, where: str, *values: str) -> list[Instance]:
-    columns = "ordinal, prompt_uid, epoch, position, attempt, state, step, reason, oldest_version, newest_version"
-    return [
-        Instance(
-            ordinal=ordinal,
-            prompt_uid=uid,
-            epoch=epoch,
-            position=position,
-            attempt=attempt,
-            state=State(state),
-            step=step,
-            reason=reason,
-            versions=None if oldest is None else Versions(oldest=oldest, newest=newest),
-        )
-        for ordinal, uid, epoch, position, attempt, state, step, reason, oldest, newest in db.execute(
-            f"SELECT {columns} FROM instances WHERE {where} ORDER BY ordinal", values
-        )
-    ]
+    return list(select_instances(db, f"WHERE {where} ORDER BY ordinal", *values))
 
 
 def _life(db: sqlite3.Connection, instance: Instance, *, run_dir: Path) -> Life:
-    events = db.execute(
-        "SELECT time, attempt, event, step, detail FROM events WHERE ordinal = ? ORDER BY seq", (instance.ordinal,)
-    )
     graded = db.execute(
         "SELECT attempt, num_samples, num_passed, reward_mean, response_tokens_mean, dropped FROM outcomes "
         "WHERE ordinal = ? ORDER BY attempt",
@@ -137,10 +117,7 @@ def _life(db: sqlite3.Connection, instance: Instance, *, run_dir: Path) -> Life:
     )
     return Life(
         instance=instance,
-        events=tuple(
-            Event(time=time, attempt=attempt, event=event, step=step, detail=detail)
-            for time, attempt, event, step, detail in events
-        ),
+        events=tuple(select_events(db, instance.ordinal)),
         graded=tuple(
             Graded(
                 attempt=attempt,

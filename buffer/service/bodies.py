@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from buffer.ledger import Instance
 from buffer.payload import PromptPart
+from buffer.records import Instance
 from buffer.service import frames
 from slime.types import Lease, Prompt
 

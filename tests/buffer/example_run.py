@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from buffer.ledger import Ledger, Outcome, Pushed
+from buffer.ledger import Ledger
 from buffer.payload import encode, summarise
 from buffer.policy import Versions
+from buffer.records import Outcome, Pushed
 from buffer.samples import write_samples
 from slime.types import Group
 from tests.builders import make_group

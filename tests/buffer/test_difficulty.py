@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from buffer.difficulty import Difficulty, Pools, pass_at_k
-from buffer.ledger import Ledger, Outcome
+from buffer.ledger import Ledger
 from buffer.policy import Versions
+from buffer.records import Outcome
 from slime.errors import LedgerError, StorageError
 
 
