@@ -18,20 +18,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from buffer import schema
+from buffer.changes import Changes
+from buffer.intake import Attempt, Intake, Result
+from buffer.leases import Leases
 from buffer.ledger import Ledger
 from buffer.payload import Summary, decode, encode, inspect, summarise, versions_of
 from buffer.policy import Policy, Priority, Running, Versions, Waiting
 from buffer.prompts.order import PromptOrder
-from buffer.records import Instance, Outcome, Pushed
+from buffer.records import Instance, Pushed
 from buffer.schema import State
-from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StopRun, StorageError
+from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StorageError
 from slime.types import Group, Lease
-
-MAX_SHOWN = 8
-"""Instances that `describe` lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,27 +58,6 @@ class BufferState:
     """Late or repeated results this process discarded."""
 
 
-class Attempt(Protocol):
-    """Names a leased instance: a `Lease`, or what a client sends of one."""
-
-    @property
-    def ordinal(self) -> int: ...
-
-    @property
-    def attempt(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """A graded group that is handed in, as bytes."""
-
-    ordinal: int
-    attempt: int
-    payload: bytes
-    drop: str = ""
-    """Why it is not to be trained; "" to train it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
     """A packed group: its place in the run, and its samples as bytes."""
@@ -87,13 +66,6 @@ class Taken:
     epoch: int
     attempt: int
     payload: bytes
-
-
-@dataclass(slots=True, kw_only=True)
-class _Lease:
-    lease: Lease
-    since: float
-    doing: str = "generating"
 
 
 class LocalBuffer:
@@ -134,24 +106,20 @@ class LocalBuffer:
         ledger.bind("order of prompts", prompts.fingerprint)
         ledger.bind(schema.MAX_STALENESS, str(policy.max_staleness))
         self._ledger = ledger
-        self._prompts = prompts
         self._policy = policy
-        self._pass_reward = pass_reward
         self._max_requeues = max_requeues
         self._max_drops_in_a_row = max_drops_in_a_row or 64 * policy.groups_per_step
         self._stall_timeout_s = stall_timeout_s
-        self._clock = clock
 
-        self._leases: dict[int, _Lease] = {}
+        self._changes = Changes(clock=clock)
+        self._leases = Leases(ledger, prompts, policy, clock=clock)
+        self._intake = Intake(ledger, policy, pass_reward=pass_reward)
         self._dropped: Counter[str] = Counter()
         self._drops_in_a_row: Counter[str] = Counter()
         self._num_requeued = 0
         self._num_stale = 0
         self._taking = ""
         self._consumer = self._publisher = 0
-        self._closed = False
-        self._last_move = clock()
-        self._changed = asyncio.Event()
         if recover:
             ledger.recover()
         else:
@@ -172,21 +140,20 @@ class LocalBuffer:
             StopRun: the buffer was closed.
         """
         await asyncio.sleep(0)  # a worker that drops one prompt after the other would not let anyone else run
-        if request is not None and (known := self._leased_to(request)):
+        if request is not None and (known := self._leases.of_request(request)):
             return known
-        while self._closed or not self._policy.capacity:
-            await self._change()
-            if request is not None and (known := self._leased_to(request)):  # asked twice at once
+        while self._changes.closed or not self._policy.capacity:
+            await self._changes.wait()
+            if request is not None and (known := self._leases.of_request(request)):  # asked twice at once
                 return known
-        waiting = self._policy.next_waiting()
         with self._ledger.together():
-            lease = self._lease(waiting.ordinal, waiting.attempt) if waiting else self._issue()
+            lease = self._leases.make_next()
             begun = versions_of(lease.partial.samples) if lease.partial else None
             oldest = min((self._policy.version or 0, *(begun or ())))
             self._ledger.start(lease.ordinal, attempt=lease.attempt, version=oldest, request=request)
         self._policy.admit(lease.ordinal, lease.attempt, oldest=oldest)
-        self._leases[lease.ordinal] = _Lease(lease=lease, since=self._clock())
-        self._wake()
+        self._leases.add(lease)
+        self._changes.notify()
         return lease
 
     async def generated(self, lease: Attempt) -> bool:
@@ -197,7 +164,7 @@ class LocalBuffer:
         """
         recorded = self._recorded(self._ledger.generated(lease.ordinal, attempt=lease.attempt))
         if recorded:
-            self._leases[lease.ordinal].doing = "grading"
+            self._leases.is_graded_next(lease.ordinal)
         return recorded
 
     async def put(self, lease: Lease, group: Group, *, keep: bool, reason: str = "") -> None:
@@ -253,7 +220,7 @@ class LocalBuffer:
                 answers[request] = known.ordinal
                 continue
             try:
-                accepted[request] = self._check_push(request, payload, summarise(payload), coming=coming)
+                accepted[request] = self._intake.pushed(request, payload, summarise(payload), coming=coming)
                 coming[accepted[request].versions.oldest] += 1
             except (DataError, LedgerError) as refused:
                 answers[request] = refused
@@ -261,8 +228,16 @@ class LocalBuffer:
         for ordinal, (request, group) in zip(ordinals, accepted.items(), strict=True):
             answers[request] = ordinal
             self._policy.push(ordinal, versions=group.versions)
-        self._wake()
+        self._changes.notify()
         return [answers[request] for request, _ in groups]
+
+    async def push_in_turn(self, request: str, payload: bytes, *, summary: Summary) -> int | SlimeError:
+        """`push` of one group, which waits for room where that would refuse it as BufferFull."""
+        while True:
+            (answer,) = await self.push([(request, payload)], summarise=lambda _: summary)
+            if not isinstance(answer, BufferFull):
+                return answer
+            await self._changes.wait()
 
     async def drop(self, lease: Attempt, *, reason: str) -> bool:
         """The instance yields nothing: record why. Its place is given to another prompt."""
@@ -292,8 +267,7 @@ class LocalBuffer:
                 "in. Admit the next one, or drop groups before they are handed in."
             )
         if partial is not None:
-            self._check_prompt_uid(lease.ordinal, summary := inspect(partial))
-            self._versions(summary)
+            self._intake.check_partial(lease.ordinal, inspect(partial))
         return self._requeue(lease.ordinal, lease.attempt, reason=reason, partial=partial)
 
     async def take(self, num_groups: int, *, step: int) -> list[Group]:
@@ -329,7 +303,7 @@ class LocalBuffer:
                     self._policy.pack(ordinals, step=step)
                     break
                 self._check_drops()
-                await self._change(timeout_s=self._stall_timeout_s)
+                await self._moved()
         finally:
             self._taking = ""
         return [self._taken(ordinal) for ordinal in ordinals]
@@ -367,7 +341,7 @@ class LocalBuffer:
 
     def leases(self) -> list[Lease]:
         """What is out, in order of issue."""
-        return [self._leases[ordinal].lease for ordinal in sorted(self._leases)]
+        return list(self._leases)
 
     def expire(self, lease: Attempt) -> None:
         """Requeue a lease whose holder is silent; what the holder still hands in is discarded."""
@@ -375,8 +349,7 @@ class LocalBuffer:
 
     def leased(self, lease: Attempt) -> Lease | None:
         """The lease of this attempt while it is out."""
-        known = self._leases.get(lease.ordinal)
-        return known.lease if known and known.lease.attempt == lease.attempt else None
+        return self._leases.of(lease)
 
     async def published(self, version: int) -> None:
         """Engines now answer as `version`: admission may go on.
@@ -396,7 +369,7 @@ class LocalBuffer:
             self._policy.version = version
             for ordinal, running in sorted(self._policy.running.items()):
                 self._requeue(ordinal, running.attempt, reason="weights_lost")
-        self._wake()
+        self._changes.notify()
 
     async def commit(self, step: int, *, checkpoint: str, state: dict[str, Any]) -> None:
         """One atomic, durable transaction: everything packed up to `step` is committed and `checkpoint` is current.
@@ -414,8 +387,7 @@ class LocalBuffer:
 
     def close(self) -> None:
         """End every wait with StopRun. What is on its way stays in the ledger for the next start."""
-        self._closed = True
-        self._wake()
+        self._changes.close()
 
     def state(self) -> BufferState:
         """Counts for the live view."""
@@ -436,27 +408,20 @@ class LocalBuffer:
     @property
     def idle_s(self) -> float:
         """Since anything moved."""
-        return self._clock() - self._last_move
+        return self._changes.idle_s
 
     def describe(self) -> str:
         """Who waits for what, oldest first, for the watchdog and for error messages."""
-        now, policy = self._clock(), self._policy
-        running = sorted(self._leases.values(), key=lambda entry: entry.since)
-        shown = [
-            f"{entry.lease.ordinal} ({entry.doing}, attempt {entry.lease.attempt}, {now - entry.since:.0f} s)"
-            for entry in running[:MAX_SHOWN]
-        ]
-        if len(running) > MAX_SHOWN:
-            shown.append(f"and {len(running) - MAX_SHOWN} more")
+        policy = self._policy
         version = policy.version
         room = "before the first publish" if version is None else f"up to {policy.limit} at version {version}"
         return (
-            f"{self._taking or 'no step waits'}; {len(policy.ready)} ready; {len(running)} running: "
-            f"{', '.join(shown) or 'none'}; {policy.num_admitted} admitted, {room}; "
-            f"{len(policy.waiting)} waiting to be issued again; nothing moved for {now - self._last_move:.0f} s"
+            f"{self._taking or 'no step waits'}; {len(policy.ready)} ready; {len(self._leases)} running: "
+            f"{self._leases.describe()}; {policy.num_admitted} admitted, {room}; "
+            f"{len(policy.waiting)} waiting to be issued again; nothing moved for {self.idle_s:.0f} s"
         )
 
-    # What follows is bookkeeping; nothing in it awaits but `_change`.
+    # What follows is bookkeeping; nothing in it awaits but `_moved`.
 
     def _restore(self) -> None:
         """Rebuild the policy's view, and the leases that are out, from the ledger."""
@@ -472,14 +437,14 @@ class LocalBuffer:
                     self._ledger.drop(ordinal, attempt=attempt, reason=reason)
                     self._dropped[reason] += 1
                 case State.ISSUED:
-                    self._check_prompt(instance)
+                    self._leases.check_prompt(instance)
                     priority = Priority.PARTIAL if ordinal in partial else Priority.WAITING
                     policy.waiting.append(Waiting(priority=priority, ordinal=ordinal, attempt=attempt))
                 case State.RUNNING | State.GENERATED:
-                    self._check_prompt(instance)
+                    self._leases.check_prompt(instance)
                     assert instance.versions is not None
                     policy.run(ordinal, Running(attempt=attempt, version=instance.versions.oldest))
-                    self._leases[ordinal] = _Lease(lease=self._lease(ordinal, attempt), since=self._clock())
+                    self._leases.add(self._leases.make(instance))
                 case State.GRADED:
                     assert instance.versions is not None
                     policy.push(ordinal, versions=instance.versions)
@@ -487,52 +452,6 @@ class LocalBuffer:
                     assert instance.step is not None
                     policy.packed[ordinal] = instance.step
         policy.waiting.sort()  # sorted, hence a heap
-
-    def _check_prompt(self, instance: Instance) -> None:
-        assert instance.position is not None
-        _, prompt = self._prompts.prompt_at(instance.position)
-        if prompt.uid != instance.prompt_uid:
-            raise LedgerError(
-                f"instance {instance.ordinal} was prompt {instance.prompt_uid} and would now be {prompt.uid}. "
-                "Restore the prompts and the seed the run began with, or start anew in another run_dir."
-            )
-
-    def _issue(self) -> Lease:
-        position = self._ledger.next_position
-        epoch, prompt = self._prompts.prompt_at(position)
-        ordinal = self._ledger.issue(prompt.uid, epoch=epoch, position=position)
-        return Lease(ordinal=ordinal, epoch=epoch, attempt=0, prompt=prompt)
-
-    def _lease(self, ordinal: int, attempt: int) -> Lease:
-        instance = self._ledger.instance(ordinal)
-        assert instance.position is not None
-        _, prompt = self._prompts.prompt_at(instance.position)
-        payload = self._ledger.payload(ordinal)
-        return Lease(
-            ordinal=ordinal,
-            epoch=instance.epoch,
-            attempt=attempt,
-            prompt=prompt,
-            partial=self._fit_part(decode(payload, ordinal=ordinal, epoch=instance.epoch, attempt=attempt))
-            if payload
-            else None,
-        )
-
-    def _fit_part(self, group: Group) -> Group | None:
-        """The samples of a group that may still be trained; None when there are none."""
-        group.samples = [sample for sample in group.samples if not self._policy.why_unfit(versions_of([sample]))]
-        return group if group.samples else None
-
-    def _leased_to(self, request: str) -> Lease | None:
-        known = self._ledger.of_request(request)
-        if known is None or known.state == State.ISSUED:  # given back since: a lease of it would be another one
-            return None
-        if known.ordinal not in self._leases:
-            raise LedgerError(
-                f"request {request!r} was answered with instance {known.ordinal}, which is {known.state} now. Give "
-                "every request a name of its own, and repeat the name only to repeat the request."
-            )
-        return self._leases[known.ordinal].lease
 
     def _taken(self, ordinal: int) -> Taken:
         payload = self._ledger.payload(ordinal)
@@ -549,7 +468,7 @@ class LocalBuffer:
             for result in results:
                 try:
                     summary = summarise(result)
-                    answers.append(self._record(result, summary))
+                    answers.append(self._intake.record(result, summary))
                     versions[result.ordinal] = summary.versions
                 except StorageError:
                     raise
@@ -560,24 +479,10 @@ class LocalBuffer:
                 self._ended(result.ordinal, recorded=answer, drop=result.drop, versions=versions[result.ordinal])
         return answers
 
-    def _record(self, result: Result, summary: Summary) -> bool:
-        """In the ledger, inside the caller's transaction; a refusal comes before anything is written."""
-        self._check_prompt_uid(result.ordinal, summary)
-        outcome = self._outcome(summary)
-        if result.drop:
-            return self._ledger.drop(result.ordinal, attempt=result.attempt, reason=result.drop, outcome=outcome)
-        return self._ledger.graded(
-            result.ordinal,
-            attempt=result.attempt,
-            payload=result.payload,
-            versions=self._versions(summary),
-            outcome=outcome,
-        )
-
     def _ended(self, ordinal: int, *, recorded: bool, drop: str = "", versions: Versions | None = None) -> bool:
         """A lease ended: its group is ready, or dropped."""
         if recorded:
-            del self._leases[ordinal]
+            self._leases.end(ordinal)
             if drop:
                 self._policy.drop(ordinal)
                 self._count_drop(drop)
@@ -587,71 +492,16 @@ class LocalBuffer:
                 self._drops_in_a_row.clear()
         return self._recorded(recorded)
 
-    def _check_prompt_uid(self, ordinal: int, summary: Summary) -> None:
-        uid = self._ledger.instance(ordinal).prompt_uid
-        if summary.prompt_uid != uid:
-            raise LedgerError(
-                f"got samples of prompt {summary.prompt_uid} for instance {ordinal}, which is prompt {uid}. Return the "
-                "group built for this lease, or drop the lease."
-            )
-
-    def _check_push(self, request: str, payload: bytes, summary: Summary, *, coming: Counter[int]) -> Pushed:
-        versions = self._versions(summary)
-        if self._policy.staleness(versions) > self._policy.max_staleness:
-            raise LedgerError(
-                f"got tokens of version {versions.oldest} at version {self._policy.version}, with max_staleness = "
-                f"{self._policy.max_staleness}. Roll out with newer weights, or allow more staleness."
-            )
-        if not self._policy.room(versions.oldest, coming=coming):
-            raise BufferFull(
-                f"{self._policy.num_admitted + coming.total()} groups are admitted, and version {self._policy.version} "
-                f"allows {self._policy.limit}, fewer of old tokens. Push again after the next training step, or allow "
-                "more staleness."
-            )
-        return Pushed(
-            prompt_uid=summary.prompt_uid,
-            request=request,
-            payload=payload,
-            versions=versions,
-            outcome=self._outcome(summary),
-        )
-
-    def _versions(self, summary: Summary) -> Versions:
-        """Which weights sampled a group."""
-        if summary.versions is None:
-            raise LedgerError(
-                f"a group of prompt {summary.prompt_uid} has no sampled tokens. Drop its lease with a reason instead."
-            )
-        published = self._policy.version
-        if published is None or summary.versions.newest > published:
-            raise LedgerError(
-                f"a group of prompt {summary.prompt_uid} has tokens of version {summary.versions.newest}, and version "
-                f"{published} is the last that was published. Report the version that the engine itself answered "
-                "with, or publish first."
-            )
-        return summary.versions
-
-    def _outcome(self, summary: Summary) -> Outcome | None:
-        rewards = summary.rewards
-        if not rewards:
-            return None
-        return Outcome(
-            num_samples=len(rewards),
-            num_passed=sum(reward >= self._pass_reward for reward in rewards),
-            reward_mean=sum(rewards) / len(rewards),
-            response_tokens_mean=summary.response_tokens_mean,
-        )
-
     def _recorded(self, recorded: bool) -> bool:
         self._num_stale += not recorded
-        self._wake()
+        self._changes.notify()
         return recorded
 
     def _released(self, instances: Sequence[Instance]) -> None:
         for instance in instances:
             assert instance.versions is not None
             self._policy.release(instance.ordinal, versions=instance.versions)
-        self._wake()
+        self._changes.notify()
 
     def _requeue(self, ordinal: int, attempt: int, *, reason: str, partial: bytes | None = None) -> bool:
         num_requeues = self._ledger.num_requeues(ordinal) + 1
@@ -664,7 +514,7 @@ class LocalBuffer:
                 self._ledger.drop(ordinal, attempt=attempt + 1, reason=reason)
         if not self._recorded(requeued):
             return False
-        self._leases.pop(ordinal, None)
+        self._leases.end(ordinal)
         self._num_requeued += 1
         if given_up:
             self._policy.give_up(ordinal)
@@ -679,7 +529,7 @@ class LocalBuffer:
     def _fit(self, num_groups: int) -> list[int]:
         for ordinal, reason in self._policy.unfit().items():
             group = _group(self._taken(ordinal))
-            part = self._fit_part(group)
+            part = self._leases.fit_part(group)
             self._requeue(ordinal, group.attempt, reason=reason, partial=encode(part) if part else None)
         return self._policy.select(num_groups)
 
@@ -696,24 +546,14 @@ class LocalBuffer:
             "Loosen buffer.filter, or give prompts that the model sometimes gets right."
         )
 
-    def _wake(self) -> None:
-        self._last_move = self._clock()
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _change(self, *, timeout_s: float | None = None) -> None:
-        """Wait for the next change. The caller has just looked and not awaited since, so none is missed."""
-        if not self._closed:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                raise SlimeError(
-                    f"the run stands still: {self.describe()}. Look at the last lines of the engines and rewards "
-                    "in logs/, or allow more time if one rollout may take so long."
-                ) from None
-        if self._closed:
-            raise StopRun("the buffer was closed")
+    async def _moved(self) -> None:
+        try:
+            await self._changes.wait(timeout_s=self._stall_timeout_s)
+        except TimeoutError:
+            raise SlimeError(
+                f"the run stands still: {self.describe()}. Look at the last lines of the engines and rewards "
+                "in logs/, or allow more time if one rollout may take so long."
+            ) from None
 
 
 def _group(taken: Taken) -> Group:

@@ -22,12 +22,13 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Req
 from pydantic import TypeAdapter
 
 from buffer import payload
+from buffer.intake import Result
 from buffer.ledger import Ledger
-from buffer.local import LocalBuffer, Result
+from buffer.local import LocalBuffer
 from buffer.service import bodies, frames
 from buffer.service.bodies import Ordinal, Reason
+from buffer.service.expiry import LeaseTimer
 from buffer.service.gate import OPEN_PATHS, StrictRoute, TokenGate
-from buffer.service.leases import LeaseTimer
 from buffer.service.polls import Polls
 from buffer.service.pushed import Render, pushed_group
 from buffer.service.refusals import RESPONSES, answer_errors, refusal
@@ -166,14 +167,19 @@ _NOTHING: dict[int | str, dict[str, Any]] = {204: {"description": "Nothing came 
 
 
 @_router.post("/push")
-async def push(served: Served, body: bodies.PushBody) -> bodies.PushedBody:
+async def push(request: Request, served: Served, body: bodies.PushBody) -> bodies.PushedBody:
     """Hand in a graded group of any prompt that nobody was leased, rolled out elsewhere, as tokens or as messages."""
     if any(sample.messages for sample in body.samples):  # a tokenizer takes its time
         group = await asyncio.to_thread(pushed_group, body, render=served.run.render)
     else:
         group = pushed_group(body, render=None)
-    pushed = (f"push:{body.request}", payload.encode(group))
-    (ordinal,) = await served.buffer.push([pushed], summarise=lambda _: payload.summarise(group))
+    name, encoded, summary = f"push:{body.request}", payload.encode(group), payload.summarise(group)
+    ordinal = None
+    if body.wait_s:
+        in_turn = served.buffer.push_in_turn(name, encoded, summary=summary)
+        ordinal = await served.polls.wait(request, in_turn, wait_s=body.wait_s)
+    if ordinal is None:
+        (ordinal,) = await served.buffer.push([(name, encoded)], summarise=lambda _: summary)
     if isinstance(ordinal, SlimeError):
         raise ordinal
     return bodies.PushedBody(ordinal=ordinal)

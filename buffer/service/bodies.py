@@ -238,6 +238,8 @@ class PushBody(Body):
     """A name for the group; sent again under the same name it changes nothing."""
     prompt: PushedPrompt
     samples: Annotated[list[PushedSample], Field(min_length=1, max_length=1024)]
+    wait_s: WaitS = 0.0
+    """Wait so long for room before it is refused with 429."""
 
 
 class PushedBody(Body):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from buffer import payload
-from buffer.local import Attempt, Result
+from buffer.intake import Attempt, Result
 from buffer.service import bodies, frames
 from buffer.service.refusals import as_error
 from slime.errors import DataError, LedgerError, SlimeError
@@ -125,7 +125,7 @@ class HttpBuffer:
         Raises:
             BufferFull: there was no room for it all the time.
         """
-        return _read(await self._post("push", body), bodies.PushedBody).ordinal
+        return _read(await self._post("push", body, wait_s=body.wait_s), bodies.PushedBody).ordinal
 
     async def push_batch(self, groups: Sequence[tuple[str, bytes]]) -> list[int | SlimeError]:
         """`push`, of ``(request, group as bytes)`` each, in one transaction. One answer each: its ordinal, or why not.

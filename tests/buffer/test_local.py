@@ -12,11 +12,12 @@ import pytest
 
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
+from buffer.payload import encode, summarise
 from buffer.policy import Policy
 from buffer.prompts.order import PromptOrder
 from slime.errors import DataError, LedgerError, SlimeError, StopRun
 from slime.types import Group, Lease
-from tests.builders import make_prompt, make_sample
+from tests.builders import make_group, make_prompt, make_sample
 
 
 def order(count: int = 11, *, seed: int = 0) -> PromptOrder:
@@ -248,6 +249,35 @@ async def test_a_group_of_another_lease_is_refused(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="is graded and cannot become dropped"):
         await buffer.drop(one, reason="on second thoughts")
     assert buffer.state().num_ready == 1
+
+
+async def test_a_push_that_waits_gets_its_turn_beside_workers_that_take_every_place(ledger: Ledger) -> None:
+    """Pins: pushes into a run that trains refused for ever, because its own workers are always there first."""
+    buffer = open_buffer(ledger)
+    await buffer.published(0)
+    for _ in range(3):
+        await buffer.admit()
+
+    async def drop_everything() -> None:
+        while True:
+            await buffer.drop(await buffer.admit(), reason="too long")
+            await buffer.admit()
+
+    group = make_group(uid="pushed")
+    worker = asyncio.ensure_future(drop_everything())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not buffer.state().capacity
+    pushed = asyncio.ensure_future(buffer.push_in_turn("mine", encode(group), summary=summarise(group)))
+    await asyncio.sleep(0)
+    assert not pushed.done()
+    await buffer.drop(buffer.leases()[0], reason="too long")
+    await buffer.drop(buffer.leases()[0], reason="too long")
+    async with asyncio.timeout(10):
+        ordinal = await pushed
+    worker.cancel()
+    assert isinstance(ordinal, int)
+    assert ledger.instance(ordinal).state == "graded"
 
 
 async def test_a_packed_group_cannot_be_given_back(ledger: Ledger) -> None:

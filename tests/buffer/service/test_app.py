@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from buffer import payload
+from buffer.intake import Result
 from buffer.ledger import Ledger
-from buffer.local import LocalBuffer, Result
+from buffer.local import LocalBuffer
 from buffer.policy import Policy
 from buffer.prompts.order import PromptOrder
 from buffer.service import bodies, frames

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from buffer.local import Attempt, LocalBuffer
+from buffer.intake import Attempt
+from buffer.local import LocalBuffer
 from slime.errors import StorageError
 from slime.types import Lease
 
