@@ -107,7 +107,7 @@ CREATE INDEX instances_of_prompts ON instances (prompt_uid);
 CREATE UNIQUE INDEX instances_of_requests ON instances (request) WHERE request IS NOT NULL;
 CREATE TABLE payloads (ordinal INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE outcomes (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    seq INTEGER PRIMARY KEY,
     ordinal INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
     prompt_uid TEXT NOT NULL,
@@ -120,7 +120,7 @@ CREATE TABLE outcomes (
     UNIQUE (ordinal, attempt)
 );
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    seq INTEGER PRIMARY KEY,
     time REAL NOT NULL,
     ordinal INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
