@@ -36,6 +36,10 @@ _PREFIX = struct.Struct("<4sI")
 _NOISE = 1e-3
 """An engine's float32 softmax may round a certain token's log-probability to just above 0."""
 _BYTES_A_TOKEN = 4 + 4 + 1
+MAX_REWARD = 1e9
+"""Of what comes from elsewhere, either way of 0: the moments of much larger ones are no numbers any more."""
+MIN_TEMPERATURE = 1e-3
+"""Of what comes from elsewhere: logits that are divided by much less are no numbers any more."""
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 
@@ -105,7 +109,7 @@ def encode(group: Group) -> bytes:
     """The bytes of a group. What JSON does not have in its metadata is written as its `repr`.
 
     Raises:
-        DataError: a token is no 32-bit number.
+        DataError: a token is no 32-bit number, or a log-probability is infinite as one: `decode` would refuse it.
     """
     samples = group.samples
     header = {
@@ -117,7 +121,13 @@ def encode(group: Group) -> bytes:
         tokens = np.array([token for sample in samples for token in sample.tokens], dtype="<i4")
     except OverflowError as error:
         raise DataError(f"group {group.id}: {error}. Token ids are 32-bit numbers: correct the rollout.") from None
-    logprobs = np.array([value for sample in samples for value in sample.rollout_logprobs], dtype="<f4")
+    with np.errstate(over="ignore"):
+        logprobs = np.array([value for sample in samples for value in sample.rollout_logprobs], dtype="<f4")
+    if np.isinf(logprobs).any():
+        raise DataError(
+            f"group {group.id}: got a log-probability that is infinite in 32 bits. Report those of the tokens that "
+            "were sampled, or drop the group."
+        )
     mask = np.array([value for sample in samples for value in sample.loss_mask], dtype="u1")
     return b"".join((_PREFIX.pack(MAGIC, len(text)), text, tokens.tobytes(), logprobs.tobytes(), mask.tobytes()))
 
@@ -139,12 +149,13 @@ def decode(body: bytes, *, ordinal: int, epoch: int, attempt: int) -> Group:
 
 
 def inspect(body: bytes) -> Summary:
-    """Check bytes as `decode` does, and summarise their group without building its samples.
+    """Check bytes as `decode` does and for numbers that no step survives; summarise the group without its samples.
 
     Raises:
         DataError: they are no group; names what is wrong.
     """
     header, arrays = _parse(body)
+    _check_range(header)
     scored = [i for i, part in enumerate(header.samples) if isinstance(part.verdict, Score)]
     starts = _starts(header)
     response_tokens = [int(arrays.mask[starts[i] : starts[i + 1]].sum()) for i in scored]
@@ -242,6 +253,14 @@ def _check(header: Header, arrays: _Arrays) -> None:
         _check_unknown(header, arrays, known=known)
     if (worst := np.max(logprobs, initial=-np.inf, where=known)) > _NOISE:
         _refuse(f"the log-probability {worst}", right="numbers up to 0")
+
+
+def _check_range(header: Header) -> None:
+    for part in header.samples:
+        if part.temperature < MIN_TEMPERATURE:
+            _refuse(f"sample {part.index} of temperature {part.temperature}", right=f"{MIN_TEMPERATURE} or more")
+        if isinstance(part.verdict, Score) and abs(part.verdict.value) > MAX_REWARD:
+            _refuse(f"sample {part.index} of reward {part.verdict.value}", right=f"up to {MAX_REWARD} either way of 0")
 
 
 def _check_unknown(header: Header, arrays: _Arrays, *, known: npt.NDArray[np.bool_]) -> None:

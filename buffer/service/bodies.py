@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from buffer.payload import PromptPart
+from buffer.payload import MAX_REWARD, MIN_TEMPERATURE, PromptPart
 from buffer.records import Instance
 from buffer.service import frames
 from slime.types import Lease, Prompt
@@ -218,12 +218,12 @@ class PushedSample(Body):
     """Prompt and response."""
     loss_mask: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(max_length=2**22), ALL_WHOLE] = []
     """1 for every token that the policy sampled."""
-    logprobs: Annotated[list[Annotated[float, Field(le=1e-3)]], Field(max_length=2**22)] | None = None
+    logprobs: Annotated[list[Annotated[float, Field(ge=-1e30, le=1e-3)]], Field(max_length=2**22)] | None = None
     """Natural log-probability of every sampled token, anything where the mask is 0; null when the engine told none."""
     version: Count
     """Of the weights that sampled it; the oldest, if there were several."""
-    reward: float
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    reward: Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=100)] = 1.0
     truncated: bool = False
     """The token limit ended it."""
     response: Text = ""

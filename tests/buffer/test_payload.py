@@ -206,3 +206,20 @@ def test_a_token_that_no_vocabulary_has_is_refused_where_it_is_written() -> None
     """Pins an overflow that wraps round to another token."""
     with pytest.raises(DataError, match="32-bit"):
         encode(make_group([1.0], response_tokens=[2**31, 1]))
+
+
+def test_a_log_prob_that_no_float32_holds_is_refused_where_it_is_written() -> None:
+    """Pins a group that is taken in, packed, and ends every consumer that decodes it, again after each start."""
+    group = make_group([1.0])
+    group.samples[0].rollout_logprobs[-1] = -1e39
+    with pytest.raises(DataError, match="32 bits"):
+        encode(group)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 1e-320}, {"verdict": {"value": -1.7e308}}])
+def test_numbers_that_no_step_survives_are_refused_from_elsewhere_alone(change: dict[str, Any]) -> None:
+    """Pins a pushed group of which the advantages are NaN: it would end the run that trains it, at every start."""
+    body = rewritten(WHOLE, lambda header: header["samples"][0].update(change))
+    with pytest.raises(DataError, match="right would be"):
+        inspect(body)
+    decode(body, ordinal=0, epoch=0, attempt=0)

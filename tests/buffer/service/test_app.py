@@ -184,6 +184,9 @@ async def test_a_body_too_large_is_cut_off_also_when_it_does_not_say_its_size(se
         ({"messages": [{"role": "assistant", "content": "4"}]}, 422, "both 'messages' and 'tokens'"),
         ({"metadata": {"deep": [1e308]}, "temperature": 0}, 422, "temperature"),
         ({"reward": "1"}, 422, "reward"),
+        ({"reward": 1.7e308}, 422, "reward"),
+        ({"temperature": 1e-320}, 422, "temperature"),
+        ({"logprobs": [0, -1, -1e39]}, 422, "logprobs"),
     ],
 )
 async def test_a_group_that_cannot_be_trained_is_not_taken_in(
