@@ -13,6 +13,7 @@
     ├── LedgerError       the ledger refuses a transition, or the run directory is in use
     │   ├── BufferFull    no room for more at this weight version; it is given back when steps are trained
     │   ├── Fenced        another consumer has taken over since; what this one still says is not recorded
+    │   ├── NoAnswer      the buffer's service did not answer: whether the request took effect is not known
     │   └── StorageError  the ledger's file cannot be read or written: a full disk, a lock, damage
     └── StopRun           the run was asked to stop (a signal); not a failure
 
@@ -78,6 +79,10 @@ class BufferFull(LedgerError):  # noqa: N818  an answer, not an error
 
 class Fenced(LedgerError):  # noqa: N818  an answer, not an error
     """Another consumer has taken over since this one last spoke. What was packed for it goes to the other."""
+
+
+class NoAnswer(LedgerError):  # noqa: N818  what is not known is no error
+    """The buffer's service did not answer in time. The request may have taken effect; sent again, it does so once."""
 
 
 class StorageError(LedgerError):

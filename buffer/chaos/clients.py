@@ -21,8 +21,8 @@ from random import Random
 
 from buffer.chaos.history import History, fingerprint
 from buffer.payload import encode
-from buffer.service.client import HttpBuffer, NoAnswer
-from slime.errors import BufferFull, LedgerError, SlimeError, StorageError
+from buffer.service.client import HttpBuffer
+from slime.errors import BufferFull, LedgerError, NoAnswer, SlimeError, StorageError
 from slime.types import Group, Lease, Prompt, Sample, Score
 
 GROUPS_PER_STEP = 4

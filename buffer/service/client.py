@@ -21,18 +21,13 @@ from buffer import payload
 from buffer.intake import Attempt, Result
 from buffer.service import bodies, frames
 from buffer.service.refusals import as_error
-from slime.errors import DataError, LedgerError, SlimeError
+from slime.errors import DataError, NoAnswer, SlimeError
 from slime.types import Group, Lease
 
 POLL_S = 30.0
 """Of one long poll; short enough for proxies between."""
 Answer = TypeVar("Answer", bound=BaseModel)
 _TAKEN = TypeAdapter(list[bodies.TakenEntry])
-
-
-class NoAnswer(LedgerError):  # noqa: N818  what is not known is no error
-    """The service did not answer in time. Whether the request took effect is not known; sent again, it takes effect
-    once."""
 
 
 class HttpBuffer:
@@ -230,7 +225,7 @@ class HttpBuffer:
 
         Raises:
             SlimeError: what the service refused with; after `patience_s` also when there is no room or no storage.
-            NoAnswer: it could not be reached.
+            NoAnswer: it could not be reached, or what answered is no buffer.
         """
         loop = asyncio.get_running_loop()
         deadline, delay_s = loop.time() + self._patience_s + wait_s, 0.02

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from buffer.service.client import HttpBuffer, NoAnswer
-from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StorageError
+from buffer.service.client import HttpBuffer
+from slime.errors import BufferFull, DataError, Fenced, LedgerError, NoAnswer, SlimeError, StorageError
 
 Answer = bytes | None
 """What is sent back; None drops the connection without a word."""
