@@ -12,14 +12,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from buffer.service.app import close_app
 from slime.errors import ConfigError
 
 MAX_CONNECTIONS = 1024
 """More are answered with 503 at once."""
+SILENCE_S = 75
+"""A connection on which no whole request begins for so long is closed: silent ones would hold all places for ever."""
 _GRACE_S = 5
 """What is being answered when the service ends may take so long."""
 
@@ -31,8 +35,37 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Connection(H11Protocol):
+    """Closes itself when the next request, or the rest of its headers, does not come; uvicorn sees to bodies alone."""
+
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._watch()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._overdue:
+            self._overdue.cancel()
+
+    def _watch(self) -> None:
+        waits = self.conn.their_state is h11.IDLE
+        if waits and not self._overdue:
+            self._overdue = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+        elif self._overdue and not waits:
+            self._overdue.cancel()
+            self._overdue = None
+
+
 @asynccontextmanager
-async def serving(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+async def serving(
+    app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, silence_s: int = SILENCE_S
+) -> AsyncIterator[str]:
     """Serve an app of `buffer.service.app` in the running event loop. Yields its URL; port 0 takes a free one.
 
     Raises:
@@ -46,9 +79,10 @@ async def serving(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> As
             log_config=None,
             access_log=False,
             lifespan="off",
+            http=_Connection,
             ws="none",
             server_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=silence_s,
             timeout_graceful_shutdown=_GRACE_S,
             limit_concurrency=MAX_CONNECTIONS,
         )
