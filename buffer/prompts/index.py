@@ -94,7 +94,7 @@ class PromptIndex:
         try:
             line = read_at(self._rows, offset, length)
             prompt = to_prompt(parse_line(line, where=where), where=where, require_label=False)
-        except (OSError, DataError) as error:
+        except (OSError, DataError, OverflowError, MemoryError) as error:  # the latter from a place that no file has
             raise self._changed(where) from error
         if prompt.uid != f"{self.columns[UID, place]:016x}":
             raise self._changed(where)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from buffer.prompts.index import open_index
+from buffer.prompts.scan import LENGTH, OFFSET
 from buffer.prompts.sources import IndexedPrompts
 from slime.errors import DataError
 
@@ -133,6 +134,22 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, kept: Path) -> None:
         index.write_bytes(content)
         assert texts(path) == expected
         assert index.read_bytes() == whole
+
+
+@pytest.mark.parametrize("column", [OFFSET, LENGTH])
+def test_a_place_that_no_file_has_ends_the_run_in_words_and_the_index_with_it(
+    tmp_path: Path, kept: Path, column: int
+) -> None:
+    """Pins a disk that loses a sector of the index: an OverflowError at every start, for good."""
+    path = jsonl(tmp_path)
+    expected = texts(path)
+    (index,) = kept.iterdir()
+    with index.open("r+b") as file:
+        file.seek(4096 + column * len(ROWS) * 8)
+        file.write(b"\xff" * 8 * len(ROWS))
+    with pytest.raises(DataError, match="the row that was indexed here is gone"):
+        texts(path)
+    assert texts(path) == expected
 
 
 def test_a_lost_copy_of_parquet_is_made_anew(tmp_path: Path, kept: Path) -> None:
