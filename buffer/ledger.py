@@ -17,7 +17,7 @@ from typing import Any
 from buffer import schema
 from buffer.books.audit import Audit, audit_run
 from buffer.policy import Versions
-from buffer.records import Commit, Event, Instance, Outcome, Pushed, select_events, select_instances
+from buffer.records import Commit, Instance, Outcome, Pushed, select_instances
 from buffer.schema import State
 from buffer.storage import LedgerFile
 from slime.errors import LedgerError
@@ -298,11 +298,6 @@ class Ledger(LedgerFile):
     def instances_of(self, prompt_uid: str) -> list[Instance]:
         """Every instance of a prompt, in order of issue."""
         return list(select_instances(self._db, "WHERE prompt_uid = ? ORDER BY ordinal", prompt_uid))
-
-    def events_of(self, ordinal: int) -> list[Event]:
-        """The life of an instance, in order."""
-        with self._reporting():
-            return select_events(self._db, ordinal)
 
     def counts(self) -> dict[State, int]:
         """How many instances stand where; states without any are there with 0."""

@@ -22,13 +22,15 @@ from typing import Any
 
 from buffer import schema
 from buffer.changes import Changes
+from buffer.drops import Drops
 from buffer.intake import Attempt, Intake, Result
 from buffer.leases import Leases
 from buffer.ledger import Ledger
 from buffer.payload import Summary, decode, encode, inspect, summarise, versions_of
-from buffer.policy import Policy, Priority, Running, Versions, Waiting
+from buffer.policy import Policy, Versions
 from buffer.prompts.order import PromptOrder
 from buffer.records import Instance, Pushed
+from buffer.restore import restore
 from buffer.schema import State
 from slime.errors import BufferFull, DataError, Fenced, LedgerError, SlimeError, StorageError
 from slime.types import Group, Lease
@@ -87,7 +89,7 @@ class LocalBuffer:
         clock: seconds that only grow.
 
     Raises:
-        LedgerError: the ledger was begun with other prompts, another seed or shuffle.
+        LedgerError: the ledger was begun with other prompts, another seed, shuffle or staleness bound.
     """
 
     def __init__(
@@ -108,14 +110,11 @@ class LocalBuffer:
         self._ledger = ledger
         self._policy = policy
         self._max_requeues = max_requeues
-        self._max_drops_in_a_row = max_drops_in_a_row or 64 * policy.groups_per_step
         self._stall_timeout_s = stall_timeout_s
 
         self._changes = Changes(clock=clock)
         self._leases = Leases(ledger, prompts, policy, clock=clock)
         self._intake = Intake(ledger, policy, pass_reward=pass_reward)
-        self._dropped: Counter[str] = Counter()
-        self._drops_in_a_row: Counter[str] = Counter()
         self._num_requeued = 0
         self._num_stale = 0
         self._taking = ""
@@ -125,7 +124,8 @@ class LocalBuffer:
         else:
             self._consumer = int(ledger.recall(schema.CONSUMER) or 0)
             self._publisher, policy.version = json.loads(ledger.recall(schema.PUBLISHED) or "[0, null]")
-        self._restore()
+        restore(ledger, policy, self._leases)
+        self._drops = Drops(ledger.drop_reasons(), max_in_a_row=max_drops_in_a_row or 64 * policy.groups_per_step)
 
     async def admit(self, *, request: str | None = None) -> Lease:
         """Wait until the staleness bound allows one more group, and lease the next prompt instance.
@@ -302,7 +302,7 @@ class LocalBuffer:
                     self._ledger.pack(ordinals, step=step)
                     self._policy.pack(ordinals, step=step)
                     break
-                self._check_drops()
+                self._drops.check()
                 await self._moved()
         finally:
             self._taking = ""
@@ -400,7 +400,7 @@ class LocalBuffer:
             num_packed=len(policy.packed),
             num_committed=policy.num_committed,
             capacity=policy.capacity,
-            dropped=dict(self._dropped),
+            dropped=dict(self._drops.by_reason),
             num_requeued=self._num_requeued,
             num_stale=self._num_stale,
         )
@@ -422,36 +422,6 @@ class LocalBuffer:
         )
 
     # What follows is bookkeeping; nothing in it awaits but `_moved`.
-
-    def _restore(self) -> None:
-        """Rebuild the policy's view, and the leases that are out, from the ledger."""
-        policy, partial = self._policy, self._ledger.partial_ordinals()
-        counts = self._ledger.counts()
-        policy.num_committed = counts[State.COMMITTED]
-        self._dropped.update(self._ledger.drop_reasons())
-        for instance in list(self._ledger.open_instances()):
-            ordinal, attempt = instance.ordinal, instance.attempt
-            match instance.state:
-                case State.ISSUED if instance.position is None:
-                    reason = "its weights are lost, and it came from outside"
-                    self._ledger.drop(ordinal, attempt=attempt, reason=reason)
-                    self._dropped[reason] += 1
-                case State.ISSUED:
-                    self._leases.check_prompt(instance)
-                    priority = Priority.PARTIAL if ordinal in partial else Priority.WAITING
-                    policy.waiting.append(Waiting(priority=priority, ordinal=ordinal, attempt=attempt))
-                case State.RUNNING | State.GENERATED:
-                    self._leases.check_prompt(instance)
-                    assert instance.versions is not None
-                    policy.run(ordinal, Running(attempt=attempt, version=instance.versions.oldest))
-                    self._leases.add(self._leases.make(instance))
-                case State.GRADED:
-                    assert instance.versions is not None
-                    policy.push(ordinal, versions=instance.versions)
-                case _:
-                    assert instance.step is not None
-                    policy.packed[ordinal] = instance.step
-        policy.waiting.sort()  # sorted, hence a heap
 
     def _taken(self, ordinal: int) -> Taken:
         payload = self._ledger.payload(ordinal)
@@ -485,11 +455,11 @@ class LocalBuffer:
             self._leases.end(ordinal)
             if drop:
                 self._policy.drop(ordinal)
-                self._count_drop(drop)
+                self._drops.add(drop)
             else:
                 assert versions is not None
                 self._policy.put(ordinal, versions=versions)
-                self._drops_in_a_row.clear()
+                self._drops.end_row()
         return self._recorded(recorded)
 
     def _recorded(self, recorded: bool) -> bool:
@@ -518,7 +488,7 @@ class LocalBuffer:
         self._num_requeued += 1
         if given_up:
             self._policy.give_up(ordinal)
-            self._count_drop(reason)
+            self._drops.add(reason)
         else:
             self._policy.requeue(ordinal, attempt=attempt + 1, partial=partial is not None)
         return True
@@ -532,19 +502,6 @@ class LocalBuffer:
             part = self._leases.fit_part(group)
             self._requeue(ordinal, group.attempt, reason=reason, partial=encode(part) if part else None)
         return self._policy.select(num_groups)
-
-    def _count_drop(self, reason: str) -> None:
-        self._dropped[reason] += 1
-        self._drops_in_a_row[reason] += 1
-
-    def _check_drops(self) -> None:
-        if self._drops_in_a_row.total() < self._max_drops_in_a_row:
-            return
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in self._drops_in_a_row.most_common(3))
-        raise DataError(
-            f"the last {self._drops_in_a_row.total()} groups were all dropped: {reasons}. "
-            "Loosen buffer.filter, or give prompts that the model sometimes gets right."
-        )
 
     async def _moved(self) -> None:
         try:

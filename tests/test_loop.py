@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from buffer.books.lives import read_lives
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.policy import Policy
@@ -285,7 +286,7 @@ class _Stopped(FakeRollout):
         return group
 
 
-async def test_a_group_that_was_stopped_is_continued_and_not_graded(ledger: Ledger) -> None:
+async def test_a_group_that_was_stopped_is_continued_and_not_graded(ledger: Ledger, tmp_path: Path) -> None:
     """Pins half an answer that is judged as a whole one, and finished samples that are thrown away with it."""
     recorder = Recorder(ledger, num_steps=1)
     rollout = _Stopped(times=2)
@@ -296,7 +297,8 @@ async def test_a_group_that_was_stopped_is_continued_and_not_graded(ledger: Ledg
     assert [[sample.status for sample in partial.samples] for partial in partials if partial] == [
         [Status.COMPLETED, Status.ABORTED]
     ] * 2
-    assert [event.detail for event in ledger.events_of(1) if event.event == "requeued"] == ["aborted"] * 2
+    (life,) = read_lives(tmp_path, "1")
+    assert [event.detail for event in life.events if event.event == "requeued"] == ["aborted"] * 2
 
 
 async def test_a_group_that_is_always_stopped_is_given_up(ledger: Ledger) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from buffer.books.lives import read_lives
 from buffer.books.stats import read_pools, read_stats
 from buffer.difficulty import Difficulty
 from buffer.ledger import Ledger
@@ -44,9 +45,8 @@ def test_every_count_is_that_of_the_ledger(run_dir: Path) -> None:
 
 def test_the_instance_that_runs_longest_is_named(run_dir: Path) -> None:
     """Pins a stalled run that shows its newest instance, or the time since an earlier attempt."""
-    with Ledger(run_dir) as ledger:
-        began = next(event.time for event in ledger.events_of(9) if event.event == "running")
-        again = [event.time for event in ledger.events_of(7) if event.event == "running"]
+    (nine,), (seven,) = read_lives(run_dir, "9"), read_lives(run_dir, "7")
+    (began,), again = ([event.time for event in life.events if event.event == "running"] for life in (nine, seven))
     longest = read_stats(run_dir).longest_running
     assert longest is not None
     first, attempt = (7, 1) if again[1] < began else (9, 0)
