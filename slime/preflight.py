@@ -18,7 +18,7 @@ from rollout.engine import reserve_port
 from rollout.engine_options import check_options
 from rollout.tokenizer import Tokenizer
 from slime.buffering import prompt_order
-from slime.config import RunConfig
+from slime.config import Profile, RunConfig
 from slime.errors import ConfigError, HookError, ModelError, boundary
 from slime.grading import FILTERS
 from slime.hooks import load_hook
@@ -84,21 +84,30 @@ def check_run(config: RunConfig, *, base_dir: Path) -> Checked:
         advantages=_advantages(config, base_dir=base_dir),
         on_step=optional(config.hooks.on_step, "hooks.on_step", "step", "metrics"),
     )
+    _check_called_plainly(checked)
+    check_options(config.profile.engine.sglang)
+    check_megatron_options(config.profile.trainer.megatron)
+    _check_ports(config.profile)
+    return checked
+
+
+def _check_called_plainly(checked: Checked) -> None:
     for what, hook in (
         *(("buffer.filter", hook) for hook in checked.filters.values()),
         ("hooks.on_step", checked.on_step),
     ):
         if inspect.iscoroutinefunction(hook):
             raise HookError(f"{what} is an async function, and nothing awaits it.\nWrite it with def, or leave it out.")
-    engine = config.profile.engine
-    check_options(engine.sglang)
-    check_megatron_options(config.profile.trainer.megatron)
-    if config.profile.buffer_port is not None:
-        listen("127.0.0.1", config.profile.buffer_port).close()
-    if engine.base_port is not None and config.profile.placement.ray_address is None:
+
+
+def _check_ports(profile: Profile) -> None:
+    """See that the ports a profile names on this machine are free."""
+    if profile.buffer_port is not None:
+        listen("127.0.0.1", profile.buffer_port).close()
+    engine = profile.engine
+    if engine.base_port is not None and profile.placement.ray_address is None:
         for index in range(engine.num_engines):
             reserve_port(engine.base_port, index=index).close()
-    return checked
 
 
 def _filter(name: str, *, base_dir: Path) -> FilterHook:

@@ -99,14 +99,7 @@ async def _train(config: RunConfig, checked: Checked, *, base_dir: Path, books: 
                 GenerationClient(processes.urls, token=processes.token, timeout_s=_request_timeout_s(config))
             )
             trainer = processes.trainer
-            rollout = Rollout(
-                client,
-                checked.tokenizer,
-                config=config.rollout,
-                seed=config.seed,
-                deterministic=config.profile.engine.deterministic,
-                generate=checked.generate,
-            )
+            rollout = _rollout(client, config, checked)
             publisher = SharedMemoryPublisher(
                 trainer=trainer, engines=processes.engines, directory=staging_directory(config.run_dir)
             )
@@ -208,6 +201,17 @@ def _request_timeout_s(config: RunConfig) -> float:
     """A request may wait for as many training steps as its tokens may be old; `take` watches that the run moves."""
     profile = config.profile
     return profile.engine.request_timeout_s + config.buffer.max_staleness * profile.trainer.step_timeout_s
+
+
+def _rollout(client: GenerationClient, config: RunConfig, checked: Checked) -> Rollout:
+    return Rollout(
+        client,
+        checked.tokenizer,
+        config=config.rollout,
+        seed=config.seed,
+        deterministic=config.profile.engine.deterministic,
+        generate=checked.generate,
+    )
 
 
 def _build_batch(config: RunConfig, checked: Checked) -> BuildBatch:
