@@ -26,6 +26,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from buffer.nesting import MAX_DEPTH, is_too_deep
 from buffer.policy import Versions
 from slime.errors import DataError
 from slime.types import Abstain, Failed, Group, Prompt, Sample, Score, Status, Verdict, VersionSpan
@@ -109,9 +110,15 @@ def encode(group: Group) -> bytes:
     """The bytes of a group. What JSON does not have in its metadata is written as its `repr`.
 
     Raises:
-        DataError: a token is no 32-bit number, or a log-probability is infinite as one: `decode` would refuse it.
+        DataError: what `decode` would refuse: a token is no 32-bit number, a log-probability is infinite as one, or
+            metadata is nested too deep.
     """
     samples = group.samples
+    if is_too_deep([group.prompt.label, dict(group.prompt.metadata), *(sample.metadata for sample in samples)]):
+        raise DataError(
+            f"group {group.id}: got a label or metadata nested more than {MAX_DEPTH - 1} deep. Keep flatter ones, or "
+            "their JSON as a string."
+        )
     header = {
         "prompt": _prompt_record(group.prompt),
         "samples": [_sample_record(sample) for sample in samples],

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from buffer.nesting import MAX_DEPTH, is_too_deep
 from slime.errors import DataError
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -135,6 +136,8 @@ def parse_line(line: bytes, *, where: str) -> Row:
         _refuse_line(where, text, column=1, got=f"JSON beyond the parser's limits ({error})")
     if not isinstance(row, dict):
         _refuse_line(where, text, column=1, got=f"{describe(row)} where an object is needed")
+    if is_too_deep(row):
+        _refuse_line(where, text, column=1, got=f"JSON nested more than {MAX_DEPTH} deep")
     if "\\ud" in text.lower():
         _refuse_half_pairs(row, where=where, text=text)
     return row
@@ -184,7 +187,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        file = pq.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
                 yield line_of(path, number), _without_nulls(row)
@@ -192,6 +197,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path}: got a file that is not whole parquet ({error}). Write it again, or give the prompts as .jsonl."
         ) from error
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    """Of two columns of one name a row as a dictionary would keep the last."""
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: got the column {name!r} twice. Rename one of them, or leave it out.")
 
 
 def _without_nulls(row: Row) -> Row:
@@ -210,6 +222,9 @@ def _without_nulls(row: Row) -> Row:
 def _refuse_missing(path: Path) -> NoReturn:
     if path.is_dir():
         raise DataError(f"{path}: got a directory. Name a .jsonl or .parquet file in it, or join its files into one.")
+    if os.path.lexists(path):
+        got = "no file that can be read twice" if path.exists() else "a link that leads nowhere"
+        raise DataError(f"{path}: got {got}. Prompts are read in any order: write them to a file, and name that.")
     if not path.parent.is_dir():
         raise DataError(f"{path}: no such directory. Create it, or correct the path (it is relative to the run file).")
     names = [entry.name for entry in path.parent.iterdir()]

@@ -223,3 +223,17 @@ def test_numbers_that_no_step_survives_are_refused_from_elsewhere_alone(change: 
     with pytest.raises(DataError, match="right would be"):
         inspect(body)
     decode(body, ordinal=0, epoch=0, attempt=0)
+
+
+@pytest.mark.parametrize("depth", [98, 99, 10_000])
+def test_what_is_written_can_be_read_however_deep_it_is_nested(depth: int) -> None:
+    """Pins metadata of a user's hook that is taken in, and ends the run when its group is trained, at every start."""
+    group, nested = make_group([1.0]), "value"
+    for _ in range(depth):
+        nested = {"inner": nested}  # type: ignore[assignment]
+    group.samples[0].metadata = {"kept": nested}
+    if depth == 98:
+        assert decode(encode(group), ordinal=0, epoch=0, attempt=0).samples[0].metadata == {"kept": nested}
+        return
+    with pytest.raises(DataError, match="nested more than 99 deep"):
+        encode(group)

@@ -198,6 +198,23 @@ def test_another_kind_of_file_is_refused_by_its_name(tmp_path: Path) -> None:
         read_prompts(write(tmp_path, b"text,label\n", "prompts.csv"))
 
 
+@pytest.mark.parametrize("target", ["/dev/null", "nowhere.jsonl"])
+def test_what_is_there_and_no_file_is_not_called_missing(tmp_path: Path, target: str) -> None:
+    """Pins "no such file. Did you mean prompts.jsonl?" for a device, a pipe or a broken link of that very name."""
+    path = tmp_path / "prompts.jsonl"
+    path.symlink_to(target)
+    with pytest.raises(DataError, match=r"prompts\.jsonl: got (no file that|a link that leads nowhere)"):
+        read_prompts(path)
+
+
+def test_a_row_that_no_later_parser_reads_is_refused_with_its_line(tmp_path: Path) -> None:
+    """Pins a prompt that is rolled out and then ends the run when its group is read back, at every start."""
+    deep = b'{"text": "2 + 2 =", "label": ' + b"[" * 100 + b"]" * 100 + b"}\n"
+    with pytest.raises(DataError, match=r"line 2.*nested more than 100 deep"):
+        read_prompts(write(tmp_path, GOOD + deep))
+    assert len(read_prompts(write(tmp_path, GOOD + deep.replace(b"[[", b"[", 1).replace(b"]]", b"]", 1)))) == 2
+
+
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     with path.open("wb") as file:
@@ -234,6 +251,15 @@ def test_a_bad_parquet_file_is_refused_by_row(tmp_path: Path) -> None:
         read_prompts(write_parquet(tmp_path, {"text": ["a"], "label": [float("nan")]}))
     with pytest.raises(DataError, match="no rows"):
         read_prompts(write_parquet(tmp_path, {"text": pa.array([], pa.string())}))
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    """Pins a row of which the last of two columns wins, in silence."""
+    path = tmp_path / "prompts.parquet"
+    columns = [pa.array([value]) for value in ("1 + 1 =", "2 + 2 =", "2")]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text", "label"]), path)
+    with pytest.raises(DataError, match="'text' twice"):
+        read_prompts(path)
 
 
 def test_a_torn_parquet_file_is_refused(tmp_path: Path) -> None:
