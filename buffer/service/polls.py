@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 
 class Polls:
-    """Long polls: each waits for its work, and no longer than its client and this service are there."""
+    """The open polls of a service.
+
+    Args:
+        max_wait_s: of any of them, whatever its client asks for.
+    """
 
     def __init__(self, *, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
@@ -26,6 +30,7 @@ class Polls:
 
         Raises:
             StopRun: the service ends.
+            SlimeError: what `work` raised.
         """
         task = asyncio.ensure_future(work)
         self._open.add(task)
