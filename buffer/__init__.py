@@ -6,7 +6,7 @@
       drops, changes        what is dropped; who is woken
       restore               what a run that continues has in its ledger
     ledger                  the moves of instances, over storage (its file), schema (its tables), records (its values)
-    payload                 a group as bytes
+    payload, nesting        a group as bytes; how deep JSON from elsewhere may go
     lock, samples, difficulty       other files of a run
     prompts/                where prompts come from: files, their index, their order
     service/                the buffer over HTTP, and its client
