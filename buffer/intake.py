@@ -10,7 +10,7 @@ from buffer.ledger import Ledger
 from buffer.payload import Summary
 from buffer.policy import Policy, Versions
 from buffer.records import Outcome, Pushed
-from slime.errors import BufferFull, LedgerError
+from slime.errors import BufferFull, DataError, LedgerError
 
 
 class Attempt(Protocol):
@@ -50,8 +50,8 @@ class Intake:
         """Record a result, inside the caller's transaction. Returns False for an attempt that is over.
 
         Raises:
-            LedgerError: samples of another prompt, without tokens, or of weights that were not published yet; nothing
-                is written then.
+            DataError: the model has no such tokens, or no such long sequences; nothing is written then.
+            LedgerError: samples of another prompt, without tokens, or of weights that were not published yet; likewise.
         """
         self._check_prompt_uid(result.ordinal, summary)
         outcome = self._outcome(summary)
@@ -72,6 +72,7 @@ class Intake:
             coming: the oldest versions of groups that come in before it.
 
         Raises:
+            DataError: as `record`.
             LedgerError: as `record`, or its tokens are too old already.
             BufferFull: the staleness bound admits no more at this version.
         """
@@ -99,7 +100,7 @@ class Intake:
         """Refuse samples that the next attempt at an instance cannot begin with.
 
         Raises:
-            LedgerError: as `record`.
+            DataError, LedgerError: as `record`.
         """
         self._check_prompt_uid(ordinal, summary)
         self._versions(summary)
@@ -113,7 +114,8 @@ class Intake:
             )
 
     def _versions(self, summary: Summary) -> Versions:
-        """Which weights sampled a group."""
+        """Which weights sampled a group that the model can train."""
+        self._check_size(summary)
         if summary.versions is None:
             raise LedgerError(
                 f"a group of prompt {summary.prompt_uid} has no sampled tokens. Drop its lease with a reason instead."
@@ -126,6 +128,16 @@ class Intake:
                 "with, or publish first."
             )
         return summary.versions
+
+    def _check_size(self, summary: Summary) -> None:
+        """Once taken in, it would end the training process, and again after every start."""
+        vocab_size, context = self._policy.vocab_size, self._policy.context_tokens
+        if summary.largest_token >= vocab_size or summary.num_tokens_max > context:
+            raise DataError(
+                f"a group of prompt {summary.prompt_uid} has token ids up to {summary.largest_token} and samples of up "
+                f"to {summary.num_tokens_max} tokens; this run's model has ids below {vocab_size} and a context of "
+                f"{context} tokens. Roll out with its own tokenizer, and drop what is too long."
+            )
 
     def _outcome(self, summary: Summary) -> Outcome | None:
         rewards = summary.rewards

@@ -95,6 +95,10 @@ class Summary:
     """Of the samples with a score."""
     response_tokens_mean: float
     """Sampled tokens of those samples; 0 without any."""
+    largest_token: int
+    """Token id, over all samples; 0 without any."""
+    num_tokens_max: int
+    """Of the longest sample, prompt and response."""
 
 
 class _Arrays(NamedTuple):
@@ -171,6 +175,8 @@ def inspect(body: bytes) -> Summary:
         versions=_versions([version for part in header.samples for _, _, version in part.versions]),
         rewards=tuple(part.verdict.value for part in header.samples if isinstance(part.verdict, Score)),
         response_tokens_mean=_mean(response_tokens),
+        largest_token=int(arrays.tokens.max(initial=0)),
+        num_tokens_max=max((part.num_tokens for part in header.samples), default=0),
     )
 
 
@@ -182,6 +188,8 @@ def summarise(group: Group) -> Summary:
         versions=versions_of(group.samples),
         rewards=tuple(sample.reward for sample in scored),
         response_tokens_mean=_mean([sample.num_response_tokens for sample in scored]),
+        largest_token=max((max(sample.tokens, default=0) for sample in group.samples), default=0),
+        num_tokens_max=max((len(sample.tokens) for sample in group.samples), default=0),
     )
 
 

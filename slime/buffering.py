@@ -8,6 +8,7 @@ from buffer.policy import Policy
 from buffer.prompts.order import PromptOrder
 from buffer.prompts.split import Split
 from slime.config import RunConfig
+from trainer.hf_config import read_model_config
 
 
 def prompt_order(config: RunConfig, split: Split) -> PromptOrder:
@@ -24,13 +25,17 @@ def open_buffer(config: RunConfig, ledger: Ledger, order: PromptOrder, *, recove
 
     Raises:
         LedgerError: the ledger was begun with other prompts, or under another bound.
+        ModelError: the model directory is no such thing.
     """
+    model = read_model_config(config.model.path)
     policy = Policy(
         groups_per_step=config.rollout.prompts_per_step,
         num_steps=config.num_steps,
         max_staleness=config.buffer.max_staleness,
         oversample=config.buffer.oversample,
         wait_for_stragglers=config.buffer.stragglers == "wait",
+        vocab_size=model.vocab_size,
+        context_tokens=model.max_positions,
     )
     return LocalBuffer(
         ledger,

@@ -29,6 +29,7 @@ from tests.served import RUN, TOKEN
 Serve = Callable[..., Any]
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 MAX_BODY_BYTES = 100_000
+VOCAB_SIZE, CONTEXT_TOKENS = 1000, 50
 
 
 class Service:
@@ -42,7 +43,13 @@ class Service:
     async def start(self) -> None:
         self.ledger = self._stack.enter_context(Ledger(self._run_dir))
         prompts = PromptOrder([make_prompt(f"{i:016x}", text=f"{i} + 1 =") for i in range(7)], seed=0, shuffle=False)
-        policy = Policy(groups_per_step=2, num_steps=5, max_staleness=self._options.get("max_staleness", 0))
+        policy = Policy(
+            groups_per_step=2,
+            num_steps=5,
+            max_staleness=self._options.get("max_staleness", 0),
+            vocab_size=VOCAB_SIZE,
+            context_tokens=CONTEXT_TOKENS,
+        )
         self.local = LocalBuffer(self.ledger, prompts, policy, recover=False)
         options = {name: value for name, value in self._options.items() if name != "max_staleness"}
         run = ServedRun(buffer=self.local, ledger=self.ledger, **options)
@@ -196,6 +203,27 @@ async def test_a_group_that_cannot_be_trained_is_not_taken_in(
     got, _, message = await service.refused("POST", "push", json=pushed(**changes))
     assert (got, says in message) == (status, True), message
     assert (await service.client.stats()).num_ready == 0
+
+
+@pytest.mark.parametrize("tokens", [[1, VOCAB_SIZE], [1] * (CONTEXT_TOKENS + 1)])
+async def test_tokens_that_the_model_does_not_have_are_refused_on_every_way_in(
+    service: Service, tokens: list[int]
+) -> None:
+    """Pins a group that is taken in, ends the training process, and ends it again after every start."""
+    mask = [0, *[1] * (len(tokens) - 1)]
+    assert (await service.refused("POST", "push", json=pushed(tokens=tokens, loss_mask=mask, logprobs=None)))[0] == 422
+    lease = await service.client.admit()
+    group = group_of(lease)
+    sample = group.samples[0]
+    sample.append(tokens[len(sample.tokens) :] or tokens, logprobs=None)
+    body = payload.encode(group)
+    assert isinstance((await service.client.push_batch([("r2", body)]))[0], DataError)
+    assert isinstance((await service.client.put_batch([Result(ordinal=0, attempt=0, payload=body)]))[0], DataError)
+    for send in (service.client.put(lease, group, keep=True), service.client.requeue(lease, reason="r", partial=group)):
+        with pytest.raises(DataError, match="this run's model"):
+            await send
+    assert (await service.client.stats()).num_ready == 0
+    await service.client.put(lease, group_of(lease), keep=True)
 
 
 async def test_numbers_that_no_float_holds_are_refused_wherever_they_hide(service: Service) -> None:
