@@ -34,6 +34,7 @@ class HttpBuffer:
     """`slime.protocols.Buffer` of a run that is served at `url`.
 
     Args:
+        url: of the service, or of the run as `slime buffer serve` and the file ``buffer.url`` tell it.
         patience_s: how long a request is sent again while the service cannot be reached, is out of storage or full.
         stall_timeout_s: `take` gives up when nothing has moved in the buffer for so long.
     """
@@ -41,7 +42,7 @@ class HttpBuffer:
     def __init__(
         self, url: str, *, run: str, token: str, patience_s: float = 60.0, stall_timeout_s: float = 1800.0
     ) -> None:
-        self._url = f"{url.rstrip('/')}/runs/{run}"
+        self._url = f"{url.strip().rstrip('/').removesuffix(f'/runs/{run}')}/runs/{run}"
         self._http = httpx.AsyncClient(
             base_url=f"{self._url}/",
             headers={"Authorization": f"Bearer {token}"},

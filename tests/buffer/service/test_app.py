@@ -133,6 +133,13 @@ async def test_a_name_that_is_no_run_leads_nowhere(service: Service, name: str) 
     assert set(answer.json()) == {"error", "message"}
 
 
+async def test_the_client_takes_the_address_that_serve_prints(service: Service) -> None:
+    """Pins a bare "Not Found" for whoever copies what he was shown."""
+    for url in (service.url, f"{service.url}/runs/{RUN}", f"{service.url}/runs/{RUN}/\n"):
+        async with HttpBuffer(url, run=RUN, token=TOKEN, patience_s=0.3) as client:
+            assert (await client.stats()).version == 0
+
+
 @pytest.mark.parametrize("name", ["", "..", ".", "a/b", "a\0b", "x" * 65, "a b", "a\n"])
 def test_a_run_is_not_served_under_a_name_that_is_no_file_name(name: str) -> None:
     with pytest.raises(ConfigError, match="run name"):
