@@ -46,11 +46,17 @@ class Checkpoints:
         A torn checkpoint costs the steps since the one before: the ledger reverts to that.
 
         Raises:
-            CheckpointError: there are commits and none has a whole checkpoint.
+            CheckpointError: there are commits and none has a whole checkpoint, or checkpoints of another ledger.
         """
         commit = await self._newest_whole(ledger)
         step = commit.step if commit else 0
-        for path in self._root.glob("step_*"):
+        written = list(self._root.glob("step_*"))
+        if written and not ledger.next_ordinal:
+            raise CheckpointError(
+                f"{self._root}: got checkpoints, and a ledger in which nothing was ever issued: ledger.sqlite was lost "
+                "or replaced. Restore it from a copy, or begin anew in another run_dir."
+            )
+        for path in written:
             if commit is None or path.name > commit.checkpoint:
                 shutil.rmtree(path)
         if commit:

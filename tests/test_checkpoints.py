@@ -146,3 +146,12 @@ async def test_a_full_disk_at_a_commit_keeps_the_commit_before(scene: Scene) -> 
     again = reopened(scene)
     assert await again.open() == 1
     assert again.ledger.audit().holds
+
+
+async def test_checkpoints_outlive_a_ledger_that_was_lost(scene: Scene, tmp_path: Path) -> None:
+    """Pins a run whose ledger was deleted by mistake: every checkpoint was removed as one that was never committed."""
+    await scene.open()
+    await scene.step()
+    with Ledger(tmp_path / "another") as empty, pytest.raises(CheckpointError, match="was lost or replaced"):
+        await scene.checkpoints.restore(empty)
+    assert await reopened(scene).open() == 1
