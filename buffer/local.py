@@ -362,11 +362,10 @@ class LocalBuffer:
         """
         fell_back = self._publisher != self._consumer and version < (self._policy.version or 0)
         if not fell_back:
-            self._policy.publish(version)
+            self._policy.check_publish(version)
         self._ledger.remember(schema.PUBLISHED, json.dumps([self._consumer, version]))
-        self._publisher = self._consumer
+        self._publisher, self._policy.version = self._consumer, version
         if fell_back:
-            self._policy.version = version
             for ordinal, running in sorted(self._policy.running.items()):
                 self._requeue(ordinal, running.attempt, reason="weights_lost")
         self._changes.notify()
@@ -459,7 +458,8 @@ class LocalBuffer:
             else:
                 assert versions is not None
                 self._policy.put(ordinal, versions=versions)
-                self._drops.end_row()
+                if not self._policy.why_unfit(versions):  # else it comes back, and is dropped in the end
+                    self._drops.end_row()
         return self._recorded(recorded)
 
     def _recorded(self, recorded: bool) -> bool:

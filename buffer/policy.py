@@ -265,11 +265,19 @@ class Policy:
         """Engines answer as `version` from now on.
 
         Raises:
-            LedgerError: they answered as a newer one before.
+            LedgerError: as `check_publish`.
+        """
+        self.check_publish(version)
+        self.version = version
+
+    def check_publish(self, version: int) -> None:
+        """Refuse what `publish` does.
+
+        Raises:
+            LedgerError: engines answered as a newer version before.
         """
         if self.version is not None and version < self.version:
             raise LedgerError(f"version {version} was published after version {self.version}")
-        self.version = version
 
     def commit(self, step: int) -> list[int]:
         """Everything packed up to `step` is trained. Returns it."""

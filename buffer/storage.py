@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ class LedgerFile:
                 schema.create(self._db)
             schema.check(self._db, self._path)
             self._db.execute("PRAGMA synchronous = NORMAL")
+            self._identity = _identity(self._path)
             self._depth, self._durable = 0, False
             self._reread()
 
@@ -89,6 +91,7 @@ class LedgerFile:
             yield
             return
         with self._reporting():
+            self._check_in_place()
             if durable != self._durable:
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._durable = durable
@@ -103,12 +106,40 @@ class LedgerFile:
             finally:
                 self._depth -= 1
 
+    def _check_in_place(self) -> None:
+        """A file that was removed or replaced still takes every write, and all of them are gone at the end."""
+        if _identity(self._path) != self._identity:
+            raise StorageError(
+                f"{self._path}: was removed or replaced while it was in use. End this process and move the file back "
+                "to continue, or start anew in another run_dir."
+            )
+
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise StorageError(
-                f"{self._path}: SQLite says: {error}. If the disk is full, make room and give the same command again: "
-                "nothing recorded is lost. If the file is damaged, restore it from a copy, or choose another run_dir."
-            ) from error
+            raise StorageError(f"{self._path}: SQLite says: {error}. {_remedy(error)}") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remedy(error: sqlite3.Error) -> str:
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:  # the rest says which kind of it
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return (
+                "Another process holds the file, a backup or a shell: end that one, and give the same command again: "
+                "nothing recorded is lost."
+            )
+        case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
+            return "If the disk is full, make room and give the same command again: nothing recorded is lost."
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
+            return "Make the file and its directory writable, or choose another run_dir: nothing recorded is lost."
+        case _:
+            return "Restore the file from a copy, or choose another run_dir."

@@ -27,6 +27,8 @@ TOKEN_FILE = "buffer.token"
 """In the run directory, unless told otherwise."""
 URL_FILE = "buffer.url"
 """In the run directory of a run that trains."""
+BESIDE_LEASE_S = 120.0
+"""A run that trains may have to wait for a lease whose holder is gone; one that works on it renews it."""
 LOCK_TIMEOUT_S = 2.0
 """While the ledger waits, the service answers nobody; its clients can wait better."""
 
@@ -78,7 +80,7 @@ async def serve_beside(config: RunConfig, buffer: LocalBuffer, ledger: Ledger) -
         return
     run_dir = config.run_dir.resolve()
     render = Renderer(str(config.model.path))
-    served = ServedRun(buffer=buffer, ledger=ledger, render=render, takes_consumers=False)
+    served = ServedRun(buffer=buffer, ledger=ledger, lease_s=BESIDE_LEASE_S, render=render, takes_consumers=False)
     app = create_app({run_dir.name: served}, token=read_or_make_token(run_dir / TOKEN_FILE))
     async with serving(app, port=config.profile.buffer_port) as address:
         url = f"{address}/runs/{run_dir.name}"

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from buffer.ledger import Ledger
 from buffer.policy import Versions
-from slime.errors import LedgerError
+from slime.errors import LedgerError, StorageError
 
 
 @dataclass
@@ -264,7 +264,7 @@ import resource, sys
 from pathlib import Path
 from buffer.ledger import Ledger
 from buffer.policy import Versions
-from slime.errors import LedgerError
+from slime.errors import LedgerError, StorageError
 ledger = Ledger(Path(sys.argv[1]))
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -291,3 +291,23 @@ def test_a_full_disk_loses_nothing_and_the_ledger_goes_on_when_there_is_room(tmp
     with Ledger(tmp_path) as ledger:
         assert [instance.ordinal for instance in ledger.instances()] == acknowledged == list(range(len(acknowledged)))
         assert ledger.audit().holds
+
+
+def test_a_ledger_that_is_removed_while_in_use_takes_no_more(tmp_path: Path) -> None:
+    """Pins: a file without a name that takes every write, all of which are gone when the process ends."""
+    with Ledger(tmp_path) as ledger:
+        ledger.issue("uid", epoch=0, position=0)
+        away = (tmp_path / "ledger.sqlite").rename(tmp_path / "away")
+        with pytest.raises(StorageError, match="removed or replaced"):
+            ledger.issue("uid", epoch=0, position=1)
+        away.rename(tmp_path / "ledger.sqlite")
+        assert ledger.issue("uid", epoch=0, position=1) == 1
+
+
+def test_a_locked_ledger_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    """Pins: a user who looks for room on the disk while a forgotten shell holds the file."""
+    with Ledger(tmp_path, lock_timeout_s=0.01) as ledger, sqlite3.connect(tmp_path / "ledger.sqlite") as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageError, match="Another process holds the file"):
+            ledger.issue("uid", epoch=0, position=0)
+    other.close()

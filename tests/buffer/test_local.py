@@ -15,7 +15,7 @@ from buffer.local import LocalBuffer
 from buffer.payload import encode, summarise
 from buffer.policy import Policy
 from buffer.prompts.order import PromptOrder
-from slime.errors import DataError, LedgerError, SlimeError, StopRun
+from slime.errors import DataError, LedgerError, SlimeError, StopRun, StorageError
 from slime.types import Group, Lease
 from tests.builders import make_group, make_prompt, make_sample
 
@@ -176,6 +176,36 @@ async def test_a_run_whose_groups_are_all_dropped_ends_with_the_reasons(ledger: 
     ):
         await asyncio.wait_for(buffer.take(4, step=1), 30)
     task.cancel()
+
+
+async def test_a_run_whose_groups_are_all_too_old_ends_too(ledger: Ledger) -> None:
+    """Pins: an engine stuck on old weights that uses up prompt after prompt, each group kept and then given up."""
+    buffer = open_buffer(ledger, max_drops_in_a_row=20)
+    await buffer.published(0)
+    await buffer.published(1)
+
+    async def worker() -> None:
+        while True:
+            lease = await buffer.admit()
+            await buffer.put(lease, group_of(lease, version=0), keep=True)
+
+    task = asyncio.ensure_future(worker())
+    with pytest.raises(DataError, match=r"last 2\d groups were all dropped: given up after 9 attempts: too_old"):
+        await asyncio.wait_for(buffer.take(4, step=1), 30)
+    task.cancel()
+
+
+async def test_a_publish_that_is_not_recorded_did_not_happen(ledger: Ledger) -> None:
+    """Pins: instances admitted at a version that a restarted service knows nothing of."""
+    buffer = open_buffer(ledger)
+    await buffer.published(0)
+    ledger._db.execute("PRAGMA query_only = 1")
+    with pytest.raises(StorageError, match="writable"):
+        await buffer.published(1)
+    assert buffer.state().version == 0
+    ledger._db.execute("PRAGMA query_only = 0")
+    await buffer.published(1)
+    assert buffer.state().version == 1
 
 
 async def test_a_run_that_stands_still_says_what_it_waits_for(ledger: Ledger) -> None:

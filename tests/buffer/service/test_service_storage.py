@@ -101,7 +101,7 @@ async def test_the_client_waits_for_storage_and_then_says_what_is_wrong(tmp_path
         app = create_app({RUN: ServedRun(buffer=buffer, ledger=ledger)}, token=TOKEN)
         async with serving(app) as url, HttpBuffer(url, run=RUN, token=TOKEN, patience_s=0.2) as client:
             lease = await client.admit()
-            with read_only(ledger), pytest.raises(StorageError, match="make room"):
+            with read_only(ledger), pytest.raises(StorageError, match="writable"):
                 await client.drop(lease, reason="x")
             assert await client.renew([lease]) == [True]
             assert await client.drop(lease, reason="x")
