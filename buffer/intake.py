@@ -34,6 +34,19 @@ class Result:
     """Why it is not to be trained; "" to train it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimits:
+    """What the model that is trained can take; any group, by default."""
+
+    vocab_size: int = 2**31
+    """It has no token from here on."""
+    context_tokens: int = 2**31
+    """Its longest sequence."""
+
+
+ANY_MODEL = ModelLimits()
+
+
 class Intake:
     """Checks and records groups; the policy learns of them from the caller.
 
@@ -41,10 +54,11 @@ class Intake:
         pass_reward: a sample passes when its reward reaches this; for the statistics of difficulty.
     """
 
-    def __init__(self, ledger: Ledger, policy: Policy, *, pass_reward: float) -> None:
+    def __init__(self, ledger: Ledger, policy: Policy, *, pass_reward: float, limits: ModelLimits) -> None:
         self._ledger = ledger
         self._policy = policy
         self._pass_reward = pass_reward
+        self._limits = limits
 
     def record(self, result: Result, summary: Summary) -> bool:
         """Record a result, inside the caller's transaction. Returns False for an attempt that is over.
@@ -131,7 +145,7 @@ class Intake:
 
     def _check_size(self, summary: Summary) -> None:
         """Once taken in, it would end the training process, and again after every start."""
-        vocab_size, context = self._policy.vocab_size, self._policy.context_tokens
+        vocab_size, context = self._limits.vocab_size, self._limits.context_tokens
         if summary.largest_token >= vocab_size or summary.num_tokens_max > context:
             raise DataError(
                 f"a group of prompt {summary.prompt_uid} has token ids up to {summary.largest_token} and samples of up "

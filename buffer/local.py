@@ -23,7 +23,7 @@ from typing import Any
 from buffer import schema
 from buffer.changes import Changes
 from buffer.drops import Drops
-from buffer.intake import Attempt, Intake, Result
+from buffer.intake import ANY_MODEL, Attempt, Intake, ModelLimits, Result
 from buffer.leases import Leases
 from buffer.ledger import Ledger
 from buffer.payload import Summary, decode, encode, inspect, summarise, versions_of
@@ -79,6 +79,7 @@ class LocalBuffer:
     Args:
         policy: admission and its bounds; `buffer.policy` explains them.
         pass_reward: a sample passes when its reward reaches this; for the statistics of difficulty.
+        limits: of the model that is trained; a group beyond them is refused.
         max_requeues: an instance given back more often than this is dropped, so that one bad prompt or a dead engine
             cannot turn for ever.
         max_drops_in_a_row: the run ends when so many groups in a row are dropped; 64 steps' worth by default.
@@ -99,6 +100,7 @@ class LocalBuffer:
         policy: Policy,
         *,
         pass_reward: float = 1.0,
+        limits: ModelLimits = ANY_MODEL,
         max_requeues: int = 8,
         max_drops_in_a_row: int | None = None,
         stall_timeout_s: float = 1800.0,
@@ -114,7 +116,7 @@ class LocalBuffer:
 
         self._changes = Changes(clock=clock)
         self._leases = Leases(ledger, prompts, policy, clock=clock)
-        self._intake = Intake(ledger, policy, pass_reward=pass_reward)
+        self._intake = Intake(ledger, policy, pass_reward=pass_reward, limits=limits)
         self._num_requeued = 0
         self._num_stale = 0
         self._taking = ""

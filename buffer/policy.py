@@ -74,8 +74,6 @@ class Policy:
         oversample: groups that are running or ready at a time, as a multiple of `groups_per_step`; at most, and by
             default, ``max_staleness + 1``.
         wait_for_stragglers: whether a step waits for a group that would be too old for every later one.
-        vocab_size: of the model that is trained; it has no token from here on.
-        context_tokens: its longest sequence.
     """
 
     groups_per_step: int
@@ -83,8 +81,6 @@ class Policy:
     max_staleness: int = 0
     oversample: float | None = None
     wait_for_stragglers: bool = True
-    vocab_size: int = 2**31
-    context_tokens: int = 2**31
     version: int | None = None
     """What the engines answer as; None before the first publish, when nothing is admitted."""
     num_committed: int = 0

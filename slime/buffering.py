@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from buffer.intake import ModelLimits
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.policy import Policy
@@ -34,14 +35,13 @@ def open_buffer(config: RunConfig, ledger: Ledger, order: PromptOrder, *, recove
         max_staleness=config.buffer.max_staleness,
         oversample=config.buffer.oversample,
         wait_for_stragglers=config.buffer.stragglers == "wait",
-        vocab_size=model.vocab_size,
-        context_tokens=model.max_positions,
     )
     return LocalBuffer(
         ledger,
         order,
         policy,
         pass_reward=config.eval.pass_reward,
+        limits=ModelLimits(vocab_size=model.vocab_size, context_tokens=model.max_positions),
         stall_timeout_s=config.profile.engine.request_timeout_s + 60 * config.reward.timeout_s,
         recover=recover,
     )

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from buffer import payload
-from buffer.intake import Result
+from buffer.intake import ModelLimits, Result
 from buffer.ledger import Ledger
 from buffer.local import LocalBuffer
 from buffer.policy import Policy
@@ -43,14 +43,9 @@ class Service:
     async def start(self) -> None:
         self.ledger = self._stack.enter_context(Ledger(self._run_dir))
         prompts = PromptOrder([make_prompt(f"{i:016x}", text=f"{i} + 1 =") for i in range(7)], seed=0, shuffle=False)
-        policy = Policy(
-            groups_per_step=2,
-            num_steps=5,
-            max_staleness=self._options.get("max_staleness", 0),
-            vocab_size=VOCAB_SIZE,
-            context_tokens=CONTEXT_TOKENS,
-        )
-        self.local = LocalBuffer(self.ledger, prompts, policy, recover=False)
+        policy = Policy(groups_per_step=2, num_steps=5, max_staleness=self._options.get("max_staleness", 0))
+        limits = ModelLimits(vocab_size=VOCAB_SIZE, context_tokens=CONTEXT_TOKENS)
+        self.local = LocalBuffer(self.ledger, prompts, policy, limits=limits, recover=False)
         options = {name: value for name, value in self._options.items() if name != "max_staleness"}
         run = ServedRun(buffer=self.local, ledger=self.ledger, **options)
         app = create_app({RUN: run}, token=TOKEN, max_body_bytes=MAX_BODY_BYTES)
