@@ -36,6 +36,8 @@ CONTENT_TYPE = "application/x-slime-group"
 _PREFIX = struct.Struct("<4sI")
 _NOISE = 1e-3
 """An engine's float32 softmax may round a certain token's log-probability to just above 0."""
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_JSON = json.JSONEncoder(default=repr)
 _BYTES_A_TOKEN = 4 + 4 + 1
 MAX_REWARD = 1e9
 """Of what comes from elsewhere, either way of 0: the moments of much larger ones are no numbers any more."""
@@ -127,20 +129,21 @@ def encode(group: Group) -> bytes:
         "prompt": _prompt_record(group.prompt),
         "samples": [_sample_record(sample) for sample in samples],
     }
-    text = json.dumps(header, default=repr).encode()
+    text = _JSON.encode(header).encode()
     try:
         tokens = np.array([token for sample in samples for token in sample.tokens], dtype="<i4")
     except OverflowError as error:
         raise DataError(f"group {group.id}: {error}. Token ids are 32-bit numbers: correct the rollout.") from None
-    with np.errstate(over="ignore"):
-        logprobs = np.array([value for sample in samples for value in sample.rollout_logprobs], dtype="<f4")
-    if np.isinf(logprobs).any():
+    logprobs = np.array([value for sample in samples for value in sample.rollout_logprobs], dtype=np.float64)
+    if (np.abs(logprobs) > _FLOAT32_MAX).any():
         raise DataError(
             f"group {group.id}: got a log-probability that is infinite in 32 bits. Report those of the tokens that "
             "were sampled, or drop the group."
         )
     mask = np.array([value for sample in samples for value in sample.loss_mask], dtype="u1")
-    return b"".join((_PREFIX.pack(MAGIC, len(text)), text, tokens.tobytes(), logprobs.tobytes(), mask.tobytes()))
+    return b"".join(
+        (_PREFIX.pack(MAGIC, len(text)), text, tokens.tobytes(), logprobs.astype("<f4").tobytes(), mask.tobytes())
+    )
 
 
 def decode(body: bytes, *, ordinal: int, epoch: int, attempt: int) -> Group:

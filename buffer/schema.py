@@ -102,7 +102,6 @@ CREATE TABLE instances (
     request TEXT
 );
 CREATE INDEX packed_instances ON instances (step) WHERE state = 'packed';
-CREATE INDEX open_instances ON instances (state) WHERE state NOT IN ('committed', 'dropped');
 CREATE INDEX instances_of_prompts ON instances (prompt_uid);
 CREATE UNIQUE INDEX instances_of_requests ON instances (request) WHERE request IS NOT NULL;
 CREATE TABLE payloads (ordinal INTEGER PRIMARY KEY, body BLOB NOT NULL);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,9 @@ from typing import Self
 
 from buffer import schema
 from slime.errors import LedgerError, StorageError
+
+LOOK_EVERY_S = 1.0
+"""A look at where the file is costs as much as a small write."""
 
 
 class LedgerFile:
@@ -35,7 +39,7 @@ class LedgerFile:
                 schema.create(self._db)
             schema.check(self._db, self._path)
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._identity = _identity(self._path)
+            self._identity, self._seen = _identity(self._path), time.monotonic()
             self._depth, self._durable = 0, False
             self._reread()
 
@@ -91,7 +95,8 @@ class LedgerFile:
             yield
             return
         with self._reporting():
-            self._check_in_place()
+            if durable or time.monotonic() > self._seen + LOOK_EVERY_S:
+                self._check_in_place()
             if durable != self._durable:
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._durable = durable
@@ -113,6 +118,7 @@ class LedgerFile:
                 f"{self._path}: was removed or replaced while it was in use. End this process and move the file back "
                 "to continue, or start anew in another run_dir."
             )
+        self._seen = time.monotonic()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from slime.errors import DataError
 from slime.types import Message, Prompt
 
 KEYS = ("messages", "text", "label", "tags", "metadata", "id")
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ def prompt_uid(*, messages: Sequence[Message] = (), text: str = "", label: Any =
         TypeError, ValueError: a value is not JSON (a date, NaN), or holds half a surrogate pair.
     """
     asked: Any = [dict(message) for message in messages] if messages else text
-    content = json.dumps([asked, label], sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    content = _CANONICAL.encode([asked, label])
     return hashlib.blake2b(content.encode("utf-8"), digest_size=8).hexdigest()
 
 

@@ -293,8 +293,9 @@ def test_a_full_disk_loses_nothing_and_the_ledger_goes_on_when_there_is_room(tmp
         assert ledger.audit().holds
 
 
-def test_a_ledger_that_is_removed_while_in_use_takes_no_more(tmp_path: Path) -> None:
+def test_a_ledger_that_is_removed_while_in_use_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pins: a file without a name that takes every write, all of which are gone when the process ends."""
+    monkeypatch.setattr("buffer.storage.LOOK_EVERY_S", -1.0)
     with Ledger(tmp_path) as ledger:
         ledger.issue("uid", epoch=0, position=0)
         away = (tmp_path / "ledger.sqlite").rename(tmp_path / "away")
