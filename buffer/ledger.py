@@ -112,6 +112,12 @@ class Ledger(LedgerFile):
         self._next_ordinal += len(groups)
         return ordinals
 
+    def ordinal_of(self, request: str) -> int | None:
+        """The instance that an earlier request of this name was answered with, by its number."""
+        with self._reporting():
+            row = self._db.execute("SELECT ordinal FROM instances WHERE request = ?", (request,)).fetchone()
+        return row[0] if row else None
+
     def of_request(self, request: str) -> Instance | None:
         """The instance that an earlier request of this name was answered with."""
         with self._reporting():

@@ -218,8 +218,8 @@ class LocalBuffer:
         for request, payload in groups:
             if request in answers or request in accepted:
                 continue
-            if known := self._ledger.of_request(request):
-                answers[request] = known.ordinal
+            if (known := self._ledger.ordinal_of(request)) is not None:
+                answers[request] = known
                 continue
             try:
                 accepted[request] = self._intake.pushed(request, payload, summarise(payload), coming=coming)

@@ -140,7 +140,10 @@ def _open(run: ServedRun, polls: Polls) -> _Open:
     return _Open(run, leases, polls)
 
 
-async def _named(request: Request, run: Annotated[str, Path(pattern=RUN_NAME)]) -> _Open:
+RunName = Annotated[str, Path(pattern=RUN_NAME)]
+
+
+async def _named(request: Request, run: RunName) -> _Open:
     served: _Open | None = request.app.state.runs.get(run)
     if served is None:
         raise HTTPException(404, "no run of this name is served here. See what `slime buffer serve` printed.")
@@ -167,8 +170,9 @@ _NOTHING: dict[int | str, dict[str, Any]] = {204: {"description": "Nothing came 
 
 
 @_router.post("/push")
-async def push(request: Request, served: Served, body: bodies.PushBody) -> bodies.PushedBody:
+async def push(request: Request, run: RunName, body: bodies.PushBody) -> bodies.PushedBody:
     """Hand in a graded group of any prompt that nobody was leased, rolled out elsewhere, as tokens or as messages."""
+    served = await _named(request, run)  # not as a dependency: finding out what it depends on takes its time
     if any(sample.messages for sample in body.samples):  # a tokenizer takes its time
         group = await asyncio.to_thread(pushed_group, body, render=served.run.render)
     else:
