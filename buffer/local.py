@@ -38,7 +38,7 @@ from slime.types import Group, Lease
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferState:
-    """Counts for the live view."""
+    """Where everything stands, in counts."""
 
     version: int | None
     """What the engines answer as; None before the first publish."""
@@ -391,7 +391,7 @@ class LocalBuffer:
         self._changes.close()
 
     def state(self) -> BufferState:
-        """Counts for the live view."""
+        """Where everything stands, in counts."""
         policy = self._policy
         return BufferState(
             version=policy.version,
